@@ -1,0 +1,215 @@
+"""Datums to microbatches: the token shift, packing and the per-token weights happen here and nowhere else.
+
+A microbatch is several sequences laid end to end, without padding between them. Only *scored* positions (those
+whose next token is trained on or asked for) reach the output layer. The loss is ``sum(per_token * weights)`` with
+weights made once from the global batch, so microbatch size, packing and the data-parallel split change nothing.
+
+Legend: T tokens of a microbatch, M scored tokens of a microbatch, S sequences of a microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from framework.errors import ConfigError
+from framework.types import Datum
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant", "sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One datum after the shift: position i predicts ``target_ids[i]`` from ``input_ids[: i + 1]``."""
+
+    input_ids: npt.NDArray[np.int64]
+    """``[N]``."""
+    scored: npt.NDArray[np.int64]
+    """``[m]`` increasing positions in [0, N) whose target is scored."""
+    target_ids: npt.NDArray[np.int64]
+    """``[m]`` the token to be predicted at each scored position."""
+    weights: npt.NDArray[np.float32]
+    """``[m]`` what each scored token's loss is multiplied by."""
+    fields: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """``[m]`` each: advantages, sampling_logprobs, ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """Packed tensors on the CPU; the trainer moves them. Lengths T and M are independent."""
+
+    input_ids: Tensor
+    """``[T]`` int64."""
+    position_ids: Tensor
+    """``[T]`` int64, from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """``[S' + 1]`` int32 offsets of the sequences in T; S' counts a trailing padding sequence if there is one."""
+    max_seqlen: int
+    scored: Tensor
+    """``[M]`` int64 positions in T."""
+    target_ids: Tensor
+    """``[M]`` int64."""
+    weights: Tensor
+    """``[M]`` float32."""
+    sequence_ids: Tensor
+    """``[M]`` int64 in [0, S)."""
+    datum_ids: tuple[int, ...]
+    """Of each of the S sequences, its index in the batch."""
+    fields: Mapping[str, Tensor]
+    """``[M]`` float32 each."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.datum_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """This data-parallel replica's share of one batch."""
+
+    microbatches: tuple[Microbatch, ...]
+    num_datums: int
+    temperature: float = 1.0
+    """Logits are divided by it before the log-softmax, as the engine did when it sampled."""
+
+
+def shift(datum: Datum) -> Example:
+    """The one token shift of the code base: token t is predicted at position t - 1. Weights are 1.
+
+    Raises:
+        ConfigError: fewer than two tokens, a per-token value of another length, or a scored first token.
+    """
+    num_tokens = len(datum.token_ids)
+    if num_tokens < 2:
+        raise ConfigError(f"a datum needs at least 2 tokens to predict one, this one has {num_tokens}")
+    for name, values in {"loss_mask": datum.loss_mask, **datum.fields}.items():
+        if len(values) != num_tokens:
+            raise ConfigError(f"datum.{name} has {len(values)} entries for {num_tokens} tokens; they must be equal")
+    if datum.loss_mask[0]:
+        raise ConfigError("datum.loss_mask[0] is True: nothing predicts the first token")
+    tokens = np.asarray(datum.token_ids, dtype=np.int64)
+    targets = np.flatnonzero(np.asarray(datum.loss_mask, dtype=bool))
+    return Example(
+        input_ids=tokens[:-1],
+        scored=targets - 1,
+        target_ids=tokens[targets],
+        weights=np.ones(len(targets), dtype=np.float32),
+        fields={name: np.asarray(values, dtype=np.float32)[targets] for name, values in datum.fields.items()},
+    )
+
+
+def aggregate(
+    sequences: Sequence[Example],
+    aggregation: Aggregation,
+    *,
+    constant: float = 1.0,
+    global_sum: Callable[[float], float] = lambda value: value,
+) -> tuple[Example, ...]:
+    """Multiplies each sequence's weights so that the sum of weighted losses is the asked-for mean of the global batch.
+
+    Args:
+        sequences: this replica's share.
+        aggregation: ``token_mean`` divides by the number of scored tokens (DAPO eq. 8); ``sequence_mean`` averages
+            per-sequence token means (GRPO, DeepSeekMath eq. 3); ``constant`` divides the sum by sequences times
+            ``constant`` (Dr. GRPO); ``sum`` leaves it.
+        constant: tokens per sequence for ``constant``, e.g. the maximal completion length.
+        global_sum: adds a number over the data-parallel group.
+    """
+    if aggregation == "sum":
+        return tuple(sequences)
+    with_tokens = [s for s in sequences if len(s.scored)]
+    if aggregation == "token_mean":
+        total = global_sum(float(sum(len(s.scored) for s in with_tokens)))
+        factors = [1.0 / max(total, 1.0)] * len(sequences)
+    else:
+        num_sequences = max(global_sum(float(len(with_tokens))), 1.0)
+        if aggregation == "sequence_mean":
+            factors = [1.0 / (num_sequences * max(len(s.scored), 1)) for s in sequences]
+        else:
+            factors = [1.0 / (num_sequences * constant)] * len(sequences)
+    return tuple(
+        Example(
+            input_ids=s.input_ids,
+            scored=s.scored,
+            target_ids=s.target_ids,
+            weights=(s.weights * np.float32(factor)).astype(np.float32),
+            fields=s.fields,
+        )
+        for s, factor in zip(sequences, factors, strict=True)
+    )
+
+
+def pack(
+    sequences: Sequence[Example], *, max_tokens: int, multiple_of: int = 1, temperature: float = 1.0
+) -> Batch:
+    """Lays sequences end to end into microbatches of at most ``max_tokens`` tokens, longest first (first fit).
+
+    Args:
+        sequences: this replica's share; every one must have the same ``fields``.
+        max_tokens: token budget of one microbatch; a longer sequence is an error.
+        multiple_of: pads each microbatch with one unscored sequence up to a multiple (sequence parallelism).
+        temperature: see :class:`Batch`.
+
+    Raises:
+        ConfigError: the batch is empty, a sequence is longer than the budget, or fields differ.
+    """
+    if not sequences:
+        raise ConfigError("the batch has no datums")
+    names = set(sequences[0].fields)
+    for index, sequence in enumerate(sequences):
+        if len(sequence.input_ids) > max_tokens:
+            raise ConfigError(
+                f"datum {index} has {len(sequence.input_ids)} tokens, the microbatch budget is "
+                f"trainer.max_tokens_per_microbatch={max_tokens}; raise it or shorten the datum"
+            )
+        if set(sequence.fields) != names:
+            raise ConfigError(f"datum {index} has fields {sorted(sequence.fields)}, datum 0 has {sorted(names)}")
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        length = len(sequences[index].input_ids)
+        slot = next((b for b, free in enumerate(room) if free >= length), None)
+        if slot is None:
+            bins.append([])
+            room.append(max_tokens)
+            slot = len(bins) - 1
+        bins[slot].append(index)
+        room[slot] -= length
+    microbatches = tuple(_microbatch(sequences, sorted(indices), multiple_of) for indices in bins)
+    return Batch(microbatches=microbatches, num_datums=len(sequences), temperature=temperature)
+
+
+def _microbatch(sequences: Sequence[Example], indices: Sequence[int], multiple_of: int) -> Microbatch:
+    chosen = [sequences[i] for i in indices]
+    lengths = [len(s.input_ids) for s in chosen]
+    padding = -sum(lengths) % multiple_of
+    if padding:
+        lengths.append(padding)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    inputs = [s.input_ids for s in chosen] + ([np.zeros(padding, dtype=np.int64)] if padding else [])
+    counts = [len(s.scored) for s in chosen]
+    fields = {
+        name: torch.from_numpy(np.concatenate([s.fields[name] for s in chosen]).astype(np.float32))
+        for name in chosen[0].fields
+    }
+    return Microbatch(
+        input_ids=torch.from_numpy(np.concatenate(inputs).astype(np.int64)),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
+        cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
+        max_seqlen=max(lengths),
+        scored=torch.from_numpy(
+            np.concatenate([s.scored + offset for s, offset in zip(chosen, offsets, strict=False)]).astype(np.int64)
+        ),
+        target_ids=torch.from_numpy(np.concatenate([s.target_ids for s in chosen]).astype(np.int64)),
+        weights=torch.from_numpy(np.concatenate([s.weights for s in chosen]).astype(np.float32)),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(chosen), dtype=np.int64), counts)),
+        datum_ids=tuple(indices),
+        fields=fields,
+    )

@@ -1,0 +1,1 @@
+"""The sampling side: a Protocol and its backend vllm/."""

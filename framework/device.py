@@ -1,0 +1,83 @@
+"""Device: the one file that knows what kind of machine this is. What differs between kinds is carried as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from framework.errors import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Built once per process by :func:`open_device` and passed along."""
+
+    kind: str
+    """``cpu`` or ``cuda``; only for messages and for backends that must be told."""
+    torch_device: torch.device
+    collective_backend: str
+    """For ``torch.distributed.init_process_group``; collectives on host tensors always work."""
+    synchronize: Callable[[], None]
+    """Waits until the device has finished what was queued."""
+    memory_allocated: Callable[[], int]
+    """Bytes of device memory this process's tensors take now; 0 where it is the host's memory."""
+    peak_memory_allocated: Callable[[], int]
+    """Highest :attr:`memory_allocated` since :attr:`reset_peak_memory`."""
+    reset_peak_memory: Callable[[], None]
+    shares_weights: bool
+    """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
+
+
+def open_device(kind: str, *, local_rank: int) -> Device:
+    """The device of this rank.
+
+    Args:
+        kind: ``auto`` (an accelerator if there is one), ``cpu`` or ``cuda``.
+        local_rank: of torchrun; picks the accelerator.
+
+    Raises:
+        ConfigError: an accelerator was asked for and there is none, or fewer than ranks.
+    """
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"hardware.device={kind!r}: must be 'auto', 'cpu' or 'cuda'")
+    available = torch.cuda.is_available()
+    if kind == "cuda" and not available:
+        raise ConfigError("hardware.device=cuda, but torch finds no CUDA device; use hardware=cpu")
+    if kind == "cpu" or not available:
+        return _cpu()
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"local rank {local_rank} has no GPU: there are {count}; lower torchrun's --nproc_per_node")
+    return _cuda(local_rank)
+
+
+def _cpu() -> Device:
+    return Device(
+        kind="cpu",
+        torch_device=torch.device("cpu"),
+        collective_backend="gloo",
+        synchronize=lambda: None,
+        memory_allocated=lambda: 0,
+        peak_memory_allocated=lambda: 0,
+        reset_peak_memory=lambda: None,
+        shares_weights=False,
+    )
+
+
+def _cuda(local_rank: int) -> Device:
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Device(
+        kind="cuda",
+        torch_device=device,
+        collective_backend="cpu:gloo,cuda:nccl",
+        synchronize=lambda: torch.cuda.synchronize(device),
+        memory_allocated=lambda: torch.cuda.memory_allocated(device),
+        peak_memory_allocated=lambda: torch.cuda.max_memory_allocated(device),
+        reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
+        shares_weights=True,
+    )

@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5, dense: biases on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from framework.errors import ModelError
+from framework.models.layout import DENSE_LAYER, QKV_BIAS
+from framework.models.spec import ModelSpec, common_fields
+
+LAYER_TABLE = DENSE_LAYER + QKV_BIAS
+
+
+def spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Reads a Qwen2 config; sliding windows are not supported."""
+    if config.get("use_sliding_window", False):
+        raise ModelError("config.json: use_sliding_window=true is not supported for Qwen2")
+    return ModelSpec(
+        family="qwen2",
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        qkv_bias=True,
+        qk_norm=False,
+        **common_fields(config),
+    )

@@ -28,6 +28,8 @@ class Device:
     peak_memory_allocated: Callable[[], int]
     """Highest :attr:`memory_allocated` since :attr:`reset_peak_memory`."""
     reset_peak_memory: Callable[[], None]
+    varlen_attention: bool
+    """Whether torch has a variable-length attention kernel for it."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -64,6 +66,7 @@ def _cpu() -> Device:
         memory_allocated=lambda: 0,
         peak_memory_allocated=lambda: 0,
         reset_peak_memory=lambda: None,
+        varlen_attention=False,
         shares_weights=False,
     )
 
@@ -79,5 +82,6 @@ def _cuda(local_rank: int) -> Device:
         memory_allocated=lambda: torch.cuda.memory_allocated(device),
         peak_memory_allocated=lambda: torch.cuda.max_memory_allocated(device),
         reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
+        varlen_attention=True,
         shares_weights=True,
     )

@@ -114,6 +114,8 @@ class Projection:
     """Whole, not local."""
     in_features: int
     """Whole, not local."""
+    sibling_rows: tuple[int, ...]
+    """Whole rows of every projection of the fused module, in order."""
 
 
 _FUSED = (
@@ -140,4 +142,5 @@ def projections(spec: ModelSpec, targets: tuple[str, ...]) -> Iterator[Projectio
                         column_parallel=column_parallel,
                         out_features=out_features,
                         in_features=in_features,
+                        sibling_rows=tuple(spec.projection_shape(member)[0] for member in members),
                     )

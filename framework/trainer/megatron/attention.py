@@ -1,0 +1,167 @@
+"""Causal attention over packed sequences, and the per-microbatch facts that every layer needs.
+
+Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each: on a
+GPU by torch's variable-length kernel, elsewhere by dense attention over buckets of sequences of similar length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from framework.models.spec import ModelSpec, RopeScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Sequences padded on the right to one length; causality alone keeps the padding out."""
+
+    gather: Tensor
+    """``[S, L]`` int64 token index of each padded position (an arbitrary valid index where there is none)."""
+    source: Tensor
+    """``[n]`` int64 flat index in ``[S * L]`` of each real token."""
+    target: Tensor
+    """``[n]`` int64 its token index."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPlan:
+    """What one microbatch's layers share."""
+
+    cos: Tensor
+    """``[T, 1, head_dim]`` compute dtype."""
+    sin: Tensor
+    """``[T, 1, head_dim]`` compute dtype, its first half negated: q * cos + swap_halves(q) * sin rotates."""
+    cu_seqlens: Tensor
+    """``[S + 1]`` int32 on the device."""
+    max_seqlen: int
+    buckets: tuple[Bucket, ...]
+    """Empty where the variable-length kernel is used."""
+
+
+def inverse_frequencies(spec: ModelSpec) -> Tensor:
+    """``[head_dim / 2]`` float32, with Llama 3.1's stretching where the model asks for it."""
+    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponent
+    return frequencies if spec.rope_scaling is None else _stretch(frequencies, spec.rope_scaling)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    wavelength = 2 * torch.pi / frequencies
+    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    stretched = torch.where(wavelength > low, frequencies / scaling.factor, frequencies)
+    return torch.where((wavelength <= low) & (wavelength >= high), between, stretched)
+
+
+def plan(
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    frequencies: Tensor,
+    *,
+    dtype: torch.dtype,
+    varlen: bool,
+) -> PackedPlan:
+    """Makes the plan of one microbatch.
+
+    Args:
+        position_ids: ``[T]`` int64 on the device.
+        cu_seqlens: ``[S + 1]`` int32 on the host.
+        max_seqlen: of the microbatch.
+        frequencies: ``[head_dim / 2]`` float32 on the device.
+        dtype: compute dtype.
+        varlen: whether torch's variable-length kernel exists for the device.
+    """
+    angles = position_ids[:, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    device = position_ids.device
+    return PackedPlan(
+        cos=torch.cat([cos, cos], dim=-1)[:, None].to(dtype),
+        sin=torch.cat([-sin, sin], dim=-1)[:, None].to(dtype),
+        cu_seqlens=cu_seqlens.to(device),
+        max_seqlen=max_seqlen,
+        buckets=() if varlen else _buckets(cu_seqlens.tolist(), device),
+    )
+
+
+def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, stop in zip(offsets, offsets[1:], strict=False):
+        by_length.setdefault((stop - start - 1).bit_length(), []).append((start, stop - start))
+    buckets = []
+    for members in by_length.values():
+        width = max(length for _, length in members)
+        starts = torch.tensor([start for start, _ in members])[:, None]
+        lengths = torch.tensor([length for _, length in members])[:, None]
+        column = torch.arange(width)[None]
+        gather = starts + column.minimum(lengths - 1)
+        source = (column < lengths).flatten().nonzero().flatten()
+        buckets.append(
+            Bucket(
+                gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device)
+            )
+        )
+    return tuple(buckets)
+
+
+def rotate(x: Tensor, packed: PackedPlan) -> Tensor:
+    """Rotary embedding (Su et al. 2021) in the half-split form HF uses. ``x`` is ``[T, heads, head_dim]``."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return x * packed.cos + swapped * packed.sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
+    """Causal attention within each sequence.
+
+    Args:
+        q: ``[T, heads, head_dim]``.
+        k: ``[T, kv_heads, head_dim]``; each key/value head serves ``heads / kv_heads`` neighbouring query heads.
+        v: like ``k``.
+        packed: the microbatch's plan.
+
+    Returns:
+        ``[T, heads * head_dim]``.
+    """
+    if not packed.buckets:
+        return _attend_varlen(q, k, v, packed)
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    out = None
+    for bucket in packed.buckets:
+        dense = [x[bucket.gather].transpose(1, 2) for x in (q, k, v)]
+        result = F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).flatten(0, 1)
+        part = result.new_zeros(q.shape).index_copy(0, bucket.target, result[bucket.source])
+        out = part if out is None else out + part
+    assert out is not None
+    return out.flatten(1)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # needs a GPU build
+
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        packed.cu_seqlens,
+        packed.cu_seqlens,
+        packed.max_seqlen,
+        packed.max_seqlen,
+        window_size=(-1, 0),
+    )
+    return out.flatten(1)

@@ -1,0 +1,134 @@
+"""The decoder layer that our ModuleSpec puts into Megatron's TransformerBlock. Names follow the HF checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from framework.distributed import Mesh
+from framework.models.layout import LAYER
+from framework.models.spec import ModelSpec
+from framework.trainer.megatron.attention import PackedPlan, attend, rotate
+from framework.trainer.megatron.lora_linear import ColumnParallelLinear, LoraSwitch, RowParallelLinear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerContext:
+    """What every layer is built from."""
+
+    spec: ModelSpec
+    mesh: Mesh
+    switch: LoraSwitch
+    sequence_parallel: bool
+    recompute: str
+    """``none``, ``mlp`` or ``full``: what is computed again in the backward pass instead of kept."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) with a frozen weight; also Megatron's final norm."""
+
+    weight: Tensor
+
+    def __init__(self, config: TransformerConfig | None, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        self.register_buffer("weight", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden] -> [..., hidden]``, statistics in float32."""
+        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention whose fused projection splits ``[q | k | v]``, as the engine's does."""
+
+    def __init__(self, prefix: str, context: LayerContext) -> None:
+        super().__init__()
+        spec, mesh = context.spec, context.mesh
+        self.head_dim = spec.head_dim
+        self.num_heads = spec.num_heads // mesh.tp_size
+        self.num_kv_heads = spec.num_kv_heads // mesh.tp_size
+        shared = {"mesh": mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
+        self.qkv_proj = ColumnParallelLinear(prefix + "qkv_proj", **shared)
+        self.o_proj = RowParallelLinear(prefix + "o_proj", **shared)
+        self.q_norm = RMSNorm(None, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(None, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, x: Tensor, packed: PackedPlan) -> Tensor:
+        """``[T or T/tp, hidden] -> [T or T/tp, hidden]``."""
+        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotated = rotate(torch.cat([q, k], dim=1), packed)
+        q, k = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
+        return self.o_proj(attend(q, k, v, packed))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, prefix: str, context: LayerContext) -> None:
+        super().__init__()
+        shared = {"mesh": context.mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
+        self.gate_up_proj = ColumnParallelLinear(prefix + "gate_up_proj", **shared)
+        self.down_proj = RowParallelLinear(prefix + "down_proj", **shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T or T/tp, hidden] -> [T or T/tp, hidden]``."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(MegatronModule, BaseTransformerLayer):
+    """Pre-norm attention and MLP with residuals, over flat tokens."""
+
+    def __init__(
+        self, config: TransformerConfig, context: LayerContext, layer_number: int = 1, **megatron: Any
+    ) -> None:
+        """``megatron`` takes what TransformerBlock also passes and this layer does not need (groups, stage)."""
+        super().__init__(config=config)
+        prefix = LAYER.format(i=layer_number - 1)
+        self.layer_number = layer_number
+        self.recompute = context.recompute
+        spec = context.spec
+        self.input_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps)
+        self.self_attn = SelfAttention(prefix + "self_attn.", context)
+        self.post_attention_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps)
+        self.mlp = MLP(prefix + "mlp.", context)
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedPlan, **megatron: Any) -> tuple[Tensor, None]:
+        """``[T or T/tp, 1, hidden]`` in and out; the second result is Megatron's cross-attention context."""
+        x = hidden_states.squeeze(1)
+        if not torch.is_grad_enabled():
+            return self._layer(x, packed_seq_params)[:, None], None
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()  # the frozen embedding gives no graph; the first layer starts one
+        if self.recompute == "full":
+            x = _recomputed(self._layer, x, packed_seq_params)
+        else:
+            x = self._layer(x, packed_seq_params)
+        return x[:, None], None
+
+    def _layer(self, x: Tensor, packed: PackedPlan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), packed)
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            return _recomputed(self._mlp, x)
+        return self._mlp(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _recomputed(function: Any, *inputs: Any) -> Tensor:
+    """Runs ``function`` keeping only its inputs. No random state is saved: dropout masks come from counters."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -24,6 +24,8 @@ class SampleRequest:
     sampling: SamplingParams
     adapter: AdapterRef | None
     """The exact version to sample from; None is the base model."""
+    stream: bool = False
+    """Report tokens as they come in :attr:`StepOutput.new_tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class StepOutput:
     finished: Mapping[str, Completion]
     """Completions that ended in this step, by request id."""
     new_tokens: Mapping[str, tuple[int, ...]]
-    """Tokens this step added, by request id, finished ones included; for streaming."""
+    """Tokens this step added, by request id, for requests with ``stream``; a finished one's last tokens included."""
 
 
 class RolloutEngine(Protocol):

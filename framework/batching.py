@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -175,7 +176,9 @@ def pack(
     sizes = [sum(len(sequences[i].input_ids) for i in run) for run in runs]
     for run, size in zip(runs, sizes, strict=True):
         if size > max_tokens:
-            which = f"datum {run[0]} has" if keep_together == 1 else f"datums {run[0]} to {run[-1]}, kept together, have"
+            which = (
+                f"datum {run[0]} has" if keep_together == 1 else f"datums {run[0]} to {run[-1]}, kept together, have"
+            )
             raise ConfigError(
                 f"{which} {size} tokens, the microbatch budget is "
                 f"trainer.max_tokens_per_microbatch={max_tokens}; raise it or shorten the datum"

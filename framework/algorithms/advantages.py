@@ -66,7 +66,7 @@ def uncentered(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def group_centered(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """A_i = r_i - mean(r of the group): Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2).
+    """A_i = r_i - mean(r of the group): Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
 
     Args:
         rewards: ``[N]`` float.
@@ -102,7 +102,7 @@ def group_normalized(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """A_i = r_i - mean(r of the others in the group): RLOO (Ahmadian et al. 2024, arXiv 2402.14740, section 3.3).
+    """A_i = r_i - mean(r of the others in the group): RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
 
     Args:
         rewards: ``[N]`` float.

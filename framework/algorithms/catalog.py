@@ -23,6 +23,13 @@ from framework.algorithms.kl import KL_ESTIMATORS
 from framework.errors import ConfigError
 
 
+def _choose(key: str, name: str, allowed: Mapping[str, object] | tuple[str, ...]) -> None:
+    if name not in allowed:
+        near = difflib.get_close_matches(name, list(allowed), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"algorithm.{key}={name} is unknown; {hint}one of {', '.join(allowed)}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
     """The ``algorithm`` group of the configuration. The defaults are GRPO's."""
@@ -222,10 +229,3 @@ def _resolve(key: str, name: str, table: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"algorithm.{key}={name}: cannot import it ({error})") from error
-
-
-def _choose(key: str, name: str, allowed: Mapping[str, object] | tuple[str, ...]) -> None:
-    if name not in allowed:
-        near = difflib.get_close_matches(name, list(allowed), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"algorithm.{key}={name} is unknown; {hint}one of {', '.join(allowed)}")

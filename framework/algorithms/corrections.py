@@ -133,7 +133,7 @@ class GeometricMask:
 class OffPolicyMask:
     """0 for a sequence of negative advantage whose mean(sampling_logprobs - logprobs) exceeds ``high``, else 1.
 
-    Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1). It looks at the trainer's logprobs now,
+    Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556). It looks at the trainer's logprobs now,
     so it also sees how far the policy has moved since the sample. A token's own advantage decides its sign.
     """
 

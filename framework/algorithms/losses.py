@@ -61,12 +61,12 @@ class PPOClip:
     clip_high: float = 0.2
     """The ratio's upper bound is 1 + clip_high."""
     dual_clip: float | None = None
-    """c > 1: where A < 0 the objective is at least c A (Ye et al. 2020, arXiv 1912.09729, eq. 5); None is off."""
+    """c > 1: where A < 0 the objective is at least c A (dual-clip PPO, Ye et al. 2020, arXiv 1912.09729)."""
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1.0 + self.clip_high:
-            raise ConfigError(f"algorithm.dual_clip={self.dual_clip}: must be greater than 1 + clip_high, or null")
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ConfigError(f"algorithm.dual_clip={self.dual_clip}: must be greater than 1, or null")
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         low, high, advantages = 1.0 - self.clip_low, 1.0 + self.clip_high, inputs.advantages

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from framework.algorithms.base import Aggregation
 from framework.errors import ConfigError
 from framework.types import Datum
-
-Aggregation = Literal["token_mean", "sequence_mean", "constant", "sum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +144,12 @@ def aggregate(
 
 
 def pack(
-    sequences: Sequence[Example], *, max_tokens: int, multiple_of: int = 1, temperature: float = 1.0
+    sequences: Sequence[Example],
+    *,
+    max_tokens: int,
+    multiple_of: int = 1,
+    temperature: float = 1.0,
+    keep_together: int = 1,
 ) -> Batch:
     """Lays sequences end to end into microbatches of at most ``max_tokens`` tokens, longest first (first fit).
 
@@ -155,35 +158,51 @@ def pack(
         max_tokens: token budget of one microbatch; a longer sequence is an error.
         multiple_of: pads each microbatch with one unscored sequence up to a multiple (sequence parallelism).
         temperature: see :class:`Batch`.
+        keep_together: every run of this many consecutive sequences lands in one microbatch, in order and side by
+            side; 2 for (chosen, rejected) pairs. ``sequence_ids`` 2j and 2j + 1 are then a pair.
 
     Raises:
-        ConfigError: the batch is empty, a sequence is longer than the budget, or fields differ.
+        ConfigError: the batch is empty, a run is incomplete or longer than the budget, or fields differ.
     """
     if not sequences:
         raise ConfigError("the batch has no datums")
+    if len(sequences) % keep_together:
+        raise ConfigError(f"{len(sequences)} datums cannot be kept together in runs of {keep_together}")
     names = set(sequences[0].fields)
     for index, sequence in enumerate(sequences):
-        if len(sequence.input_ids) > max_tokens:
-            raise ConfigError(
-                f"datum {index} has {len(sequence.input_ids)} tokens, the microbatch budget is "
-                f"trainer.max_tokens_per_microbatch={max_tokens}; raise it or shorten the datum"
-            )
         if set(sequence.fields) != names:
             raise ConfigError(f"datum {index} has fields {sorted(sequence.fields)}, datum 0 has {sorted(names)}")
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), i))
+    runs = [range(start, start + keep_together) for start in range(0, len(sequences), keep_together)]
+    sizes = [sum(len(sequences[i].input_ids) for i in run) for run in runs]
+    for run, size in zip(runs, sizes, strict=True):
+        if size > max_tokens:
+            which = (
+                f"datum {run[0]} has" if keep_together == 1 else f"datums {run[0]} to {run[-1]}, kept together, have"
+            )
+            raise ConfigError(
+                f"{which} {size} tokens, the microbatch budget is "
+                f"trainer.max_tokens_per_microbatch={max_tokens}; raise it or shorten the datum"
+            )
+    microbatches = tuple(
+        _microbatch(sequences, [i for run in sorted(chosen) for i in runs[run]], multiple_of)
+        for chosen in _first_fit(sizes, max_tokens)
+    )
+    return Batch(microbatches=microbatches, num_datums=len(sequences), temperature=temperature)
+
+
+def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``sizes`` in bins of at most ``capacity``, largest first, each into the first bin with room."""
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in order:
-        length = len(sequences[index].input_ids)
-        slot = next((b for b, free in enumerate(room) if free >= length), None)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        slot = next((b for b, free in enumerate(room) if free >= sizes[index]), None)
         if slot is None:
             bins.append([])
-            room.append(max_tokens)
+            room.append(capacity)
             slot = len(bins) - 1
         bins[slot].append(index)
-        room[slot] -= length
-    microbatches = tuple(_microbatch(sequences, sorted(indices), multiple_of) for indices in bins)
-    return Batch(microbatches=microbatches, num_datums=len(sequences), temperature=temperature)
+        room[slot] -= sizes[index]
+    return bins
 
 
 def _microbatch(sequences: Sequence[Example], indices: Sequence[int], multiple_of: int) -> Microbatch:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant", "sum"]
+"""How per-token losses become one number; the weights that do it are made in ``batching.aggregate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,20 @@ class LossOutput:
 LossFn = Callable[[LossInputs], LossOutput]
 
 
+def sequence_sum(values: Tensor, inputs: LossInputs) -> Tensor:
+    """Sum of ``values`` over each sequence's scored tokens.
+
+    Args:
+        values: ``[M]`` float32.
+        inputs: supplies ``sequence_ids``.
+
+    Returns:
+        ``[S]`` float32; a sequence without scored tokens gives 0.
+    """
+    total = torch.zeros(inputs.num_sequences, dtype=values.dtype, device=values.device)
+    return total.index_add(0, inputs.sequence_ids, values)
+
+
 def sequence_mean(values: Tensor, inputs: LossInputs) -> Tensor:
     """Mean of ``values`` over each sequence's scored tokens.
 
@@ -72,7 +90,10 @@ def sequence_mean(values: Tensor, inputs: LossInputs) -> Tensor:
     Returns:
         ``[S]`` float32; a sequence without scored tokens gives 0.
     """
-    total = torch.zeros(inputs.num_sequences, dtype=values.dtype, device=values.device)
-    total = total.index_add(0, inputs.sequence_ids, values)
     count = torch.bincount(inputs.sequence_ids, minlength=inputs.num_sequences).clamp(min=1)
-    return total / count
+    return sequence_sum(values, inputs) / count
+
+
+def token_metric(values: Tensor) -> Metric:
+    """The mean of ``values`` ``[M]`` over tokens, detached and not divided yet."""
+    return Metric(sum=values.detach().sum(), count=float(values.numel()))

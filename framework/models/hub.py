@@ -116,30 +116,43 @@ def _checked(model: ResolvedModel, given: str) -> ResolvedModel:
 
 
 def _from_hub(name: str) -> Path | None:
-    """The hub's snapshot, from its own cache where it has it; None when no hub answers."""
-    import httpx
-    from huggingface_hub import snapshot_download
+    """The hub's snapshot, from its client's cache when the hub does not answer; None when it is not there either."""
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
+    # The base error of the HTTP library that the client uses: requests, httpx or httpx2, by its version.
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     given = f"model.name_or_path={name}"
+    answers = True
     try:
-        return Path(
-            snapshot_download(name, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
-        )
-    except LocalEntryNotFoundError:
-        return None
+        # snapshot_download asks the same, but without a time limit of ours.
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except HFValidationError as error:
         raise ModelError(f"{given}: neither a folder nor a hub name: {error}") from error
     except GatedRepoError as error:
         raise ModelError(f"{given}: the hub asks for its terms to be accepted there first, then HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{given}: the hub has no such model, or it is private and HF_TOKEN is not set") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (transport_error, OfflineModeIsEnabled):
+        answers = False
+    try:
+        return Path(
+            snapshot_download(
+                name, local_files_only=not answers, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if answers:
+            raise ModelError(f"{given}: the hub stopped answering ({error}); run again to go on") from error
+        return None
+    except (transport_error, OSError) as error:
         raise ModelError(f"{given}: the download from the hub broke off ({error}); run again to go on") from error
 
 

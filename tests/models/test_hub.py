@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,14 @@ from pathlib import Path
 import pytest
 
 from framework.errors import FrameworkError, ModelError, StorageError
-from framework.models.hub import DEFAULT_MODEL, build_once, check_folder, default_cache_dir, resolve_model
+from framework.models.hub import (
+    DEFAULT_MODEL,
+    HUB_TIMEOUT_S,
+    build_once,
+    check_folder,
+    default_cache_dir,
+    resolve_model,
+)
 from framework.models.tiny import make_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,12 +43,12 @@ class FakeHub(BaseHTTPRequestHandler):
         match self.path.split("?")[0].strip("/").split("/"):
             case _ if self.refusal is not None:
                 headers["X-Error-Code"] = self.refusal[1]
-            case ["api", "models", owner, name, "revision", _]:
-                body = json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode()
             case ["api", "models", owner, name, "tree", _]:
                 files = self.models[f"{owner}/{name}"].items()
                 rows = [{"type": "file", "path": path, "size": len(data), "oid": path} for path, data in files]
                 body = json.dumps(rows).encode()
+            case ["api", "models", owner, name, *_]:
+                body = json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode()
             case [owner, name, "resolve", _, *path]:
                 body = self.models[f"{owner}/{name}"]["/".join(path)]
                 headers["ETag"] = f'"{"-".join(path)}"'
@@ -176,6 +185,17 @@ def test_no_hub_and_another_model_is_one_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no hub answers" in done.stderr
     assert DEFAULT_MODEL in done.stderr
+
+
+def test_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        done = run_hub("someone/else", tmp_path, HF_ENDPOINT=endpoint)
+        elapsed_s = time.monotonic() - start
+    assert done.returncode == 1
+    assert "no hub answers" in done.stderr
+    assert HUB_TIMEOUT_S <= elapsed_s < 30
 
 
 def test_no_hub_and_no_package_is_one_clear_error(tmp_path: Path) -> None:

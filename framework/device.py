@@ -10,6 +10,8 @@ import torch
 from framework.errors import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+HOST = torch.device("cpu")
+"""Where checkpoints and the ranks' conversations live, whatever the accelerator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from framework.device import Device
+from framework.device import HOST, Device
 from framework.errors import ConfigError, FrameworkError, LockstepError
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Mesh:
             return value  # type: ignore[return-value]
         box = [value if self.is_leader else None]
         source = self.dp_rank * self.tp_size
-        dist.broadcast_object_list(box, src=source, group=self.tp_group, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=source, group=self.tp_group, device=HOST)
         return box[0]  # type: ignore[return-value]
 
     def run_on_leader(self, work: Callable[[], T]) -> T:

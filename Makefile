@@ -5,17 +5,18 @@ BIN := .venv/bin
 
 # Ranks on this machine.
 NPROC ?= 1
-# A hub name or a folder. SmolLM2, the default of the recipes, has 9 query and 3 key/value heads: 1 or 3 ranks.
-MODEL ?= $(if $(filter 1 3,$(NPROC)),,tiny-random/qwen3)
 # More of the command line: Hydra overrides for grpo, sft and serve, pytest's options for test.
 ARGS ?=
+# A hub name or a folder. The recipes' default, SmolLM2, has 9 query and 3 key/value heads: it divides over 1 or 3 ranks.
+named_in_args = $(filter model=% model.name_or_path=%,$(ARGS))
+MODEL ?= $(if $(filter 1 3,$(NPROC))$(named_in_args),,tiny-random/qwen3)
 
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 
 torchrun = $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)
 overrides = $(if $(MODEL),model.name_or_path=$(MODEL)) $(ARGS)
-# Fetches the model before the ranks start, unless ARGS names another.
-fetch_model = $(if $(findstring model,$(ARGS)),true,$(BIN)/python -m framework.models.hub $(MODEL))
+# Before the ranks start, unless ARGS names another model.
+fetch_model = $(if $(named_in_args),:,$(BIN)/python -m framework.models.hub $(MODEL))
 
 .PHONY: help env grpo sft serve doctor test lint format lock clean
 

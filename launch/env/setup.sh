@@ -2,7 +2,7 @@
 # Makes .venv from launch/env/cpu.lock or gpu.lock, with this machine's own Python. Does nothing when it is up to date.
 #   HARDWARE=cpu|gpu   which lock; without it: gpu where there is an nvidia-smi, else cpu
 #   PYTHON=python3.12  which interpreter; without it: the first that fits (cpu: 3.11 or 3.12, gpu: 3.12)
-#   PIP_FIND_LINKS     pip's own variable: a folder or page that has the CPU build of torch; without it: PyTorch's own index
+#   PIP_FIND_LINKS     pip's own setting: folders or pages that have the CPU build of torch; without: PyTorch's own index
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -38,7 +38,9 @@ rm -rf .venv
 options=(--python .venv/bin/python)
 if [ "$hardware" = cpu ]; then
     # torch==...+cpu is not on the general index.
-    if [ -n "${PIP_FIND_LINKS:-}" ]; then options+=(--find-links "$PIP_FIND_LINKS"); else options+=(--torch-backend cpu); fi
+    places=${PIP_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}
+    for place in $places; do options+=(--find-links "$place"); done
+    [ -n "$places" ] || options+=(--torch-backend cpu)
 fi
 .venv/bin/uv pip sync "${options[@]}" "$lock" 2>&1 | sed "/^ [+-] /d"
 .venv/bin/uv pip install --quiet "${options[@]}" --no-deps --editable .

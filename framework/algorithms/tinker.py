@@ -1,9 +1,10 @@
 """The losses of the tinker wire protocol by name, made of the same functions as the recipes' losses.
 
 A tinker loss is a *sum* over all tokens of all datums (aggregation ``sum``), every position is scored, and the ratio's
-denominator is always the sampler's logprobs that the client sends. Clip thresholds are bounds of the ratio (0.8, 1.2),
-not distances from 1. The service renames the wire's ``logprobs`` to ``sampling_logprobs``; every other input keeps
-its name as a datum's field. Values are validated before a batch is made: a wrong key is the user's error.
+denominator is the sampler's logprobs that the client sends (``proximal_logprobs`` would be an unknown field). Clip
+thresholds are bounds of the ratio (0.8, 1.2), not distances from 1. The service renames the wire's ``logprobs`` to
+``sampling_logprobs``; every other input keeps its name as a datum's field. Values are validated before a batch is made:
+a wrong key is the user's error.
 """
 
 from __future__ import annotations

@@ -78,3 +78,17 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Gives a finished folder its final name, durably. A folder that has the name already is set aside first.
+
+    A kill between the two renames leaves the old folder as ``<name>.replaced-<8 hex digits>``, whole.
+    """
+    sync(temporary)
+    aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
+    if final.exists():
+        final.rename(aside)
+    temporary.rename(final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)

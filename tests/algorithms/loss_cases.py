@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,6 +38,13 @@ def value_and_gradient(loss_fn: LossFn, inputs: LossInputs) -> tuple[list[float]
     per_token = loss_fn(inputs).per_token
     (gradient,) = torch.autograd.grad((per_token * inputs.weights).sum(), inputs.logprobs)
     return per_token.tolist(), gradient.tolist()
+
+
+def assert_loss(loss_fn: LossFn, inputs: LossInputs, *, loss: Sequence[float], gradient: Sequence[float]) -> None:
+    """Per-token losses and the gradient of their sum are these numbers, to a relative 1e-6."""
+    ours = value_and_gradient(loss_fn, inputs)
+    assert ours[0] == pytest.approx(loss)
+    assert ours[1] == pytest.approx(gradient)
 
 
 def peer(package: str) -> Mapping[str, Mapping[str, Any]]:

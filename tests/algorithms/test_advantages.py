@@ -129,7 +129,7 @@ def test_grpo_against_peers(package: str, eps: float) -> None:
 @pytest.mark.parametrize("with_kl", [False, True])
 @pytest.mark.parametrize("package", ["verl", "openrlhf"])
 def test_reinforce_pp_against_peers(package: str, with_kl: bool) -> None:
-    """verl divides by the sample's deviation over the 21 tokens, OpenRLHF (the authors') by the population's, as we do."""
+    """verl divides by the sample's deviation over the 21 tokens, OpenRLHF (the authors') and we by the population's."""
     record, mask = recorded(), recorded()["mask"].bool()
     values = per_token(uncentered(record["group_rewards"], GROUP_IDS), LENGTHS)
     if with_kl:

@@ -101,7 +101,10 @@ def test_parts_of_the_users_own_by_dotted_path() -> None:
         ({"advantage": "group_normalised"}, r"did you mean group_normalized\?"),
         ({"correction": "ice_pop"}, r"algorithm\.correction=ice_pop is unknown; did you mean icepop\?"),
         ({"loss": "no_such.module"}, r"algorithm\.loss=no_such\.module: cannot import it"),
-        ({"loss": "reinforce", "clip_low": 0.1}, r"algorithm\.clip_low=0\.1 does not apply to algorithm\.loss=reinforce"),
+        (
+            {"loss": "reinforce", "clip_low": 0.1},
+            r"algorithm\.clip_low=0\.1 does not apply to algorithm\.loss=reinforce",
+        ),
         ({"loss": "cispo", "dual_clip": 3.0}, r"algorithm\.dual_clip=3\.0 does not apply"),
         (
             {"correction": "truncated_importance", "correction_low": 0.5},

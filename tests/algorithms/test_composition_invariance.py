@@ -45,7 +45,7 @@ class Step:
 
 
 def make_datums() -> list[Datum]:
-    """Eight datums of 5 to 17 tokens, every logprob field about 0.2 away from the toy's own, advantages of both signs."""
+    """Eight datums of 5 to 17 tokens, logprob fields about 0.2 away from the toy's own, advantages of both signs."""
     rng = np.random.default_rng(7)
     logprobs = torch.log_softmax(make_weight(), -1).detach().numpy()
     datums = []
@@ -118,9 +118,7 @@ CASES: dict[str, tuple[LossFn, Aggregation]] = {
     "dpo": (DPO(beta=0.1), "sequence_mean"),
     **{
         correction.__class__.__name__: (
-            ComposedLoss(
-                policy=PPOClip(), correction=correction, kl=KLTerm(coef=0.1, estimator=k3), entropy_coef=0.01
-            ),
+            ComposedLoss(policy=PPOClip(), correction=correction, kl=KLTerm(coef=0.1, estimator=k3), entropy_coef=0.01),
             "token_mean",
         )
         for correction in (

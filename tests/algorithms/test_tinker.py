@@ -11,7 +11,7 @@ import torch
 from framework.algorithms.base import LossFn
 from framework.algorithms.tinker import TINKER_LOSSES, MaskedGSPO, RatioCISPO, RatioClip, tinker_loss
 from framework.errors import ConfigError
-from tests.algorithms.loss_cases import assert_same_as, by_hand, peer, recorded_inputs, value_and_gradient
+from tests.algorithms.loss_cases import assert_loss, assert_same_as, by_hand, peer, recorded_inputs
 
 LOG = math.log
 RL = frozenset({"sampling_logprobs", "advantages"})
@@ -20,9 +20,9 @@ RL = frozenset({"sampling_logprobs", "advantages"})
 def test_cross_entropy_is_minus_the_weighted_logprob() -> None:
     weighted = tinker_loss("cross_entropy", fields=frozenset({"weights"}), config={})
     inputs = by_hand([[-1.0, -2.0]], weights=[[0.0, -3.0]])
-    assert value_and_gradient(weighted, inputs) == ([0.0, -6.0], [0.0, 3.0])
+    assert_loss(weighted, inputs, loss=[0.0, -6.0], gradient=[0.0, 3.0])
     plain = tinker_loss("cross_entropy", fields=frozenset(), config={})
-    assert value_and_gradient(plain, inputs) == ([1.0, 2.0], [-1.0, -1.0])
+    assert_loss(plain, inputs, loss=[1.0, 2.0], gradient=[-1.0, -1.0])
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,9 @@ def test_cross_entropy_is_minus_the_weighted_logprob() -> None:
         ),
     ],
 )
-def test_policy_losses_by_hand(
-    name: str, config: dict[str, float], loss: list[float], gradient: list[float]
-) -> None:
-    inputs = by_hand(
-        [[LOG(1.5), LOG(0.5), LOG(1.1)]], sampling_logprobs=[[0.0] * 3], advantages=[[2.0, -1.0, 1.0]]
-    )
-    ours = value_and_gradient(tinker_loss(name, fields=RL, config=config), inputs)
-    assert ours == (pytest.approx(loss), pytest.approx(gradient))
+def test_policy_losses_by_hand(name: str, config: dict[str, float], loss: list[float], gradient: list[float]) -> None:
+    inputs = by_hand([[LOG(1.5), LOG(0.5), LOG(1.1)]], sampling_logprobs=[[0.0] * 3], advantages=[[2.0, -1.0, 1.0]])
+    assert_loss(tinker_loss(name, fields=RL, config=config), inputs, loss=loss, gradient=gradient)
 
 
 def test_gspo_by_hand() -> None:
@@ -71,10 +66,7 @@ def test_gspo_by_hand() -> None:
         sequence_ratio_mask=[[0.0, 1.0, 1.0]],
     )
     loss = tinker_loss("gspo", fields=RL | {"sequence_ratio_mask"}, config={})
-    assert value_and_gradient(loss, inputs) == (
-        pytest.approx([0.0, -2 * s, -2 * s]),
-        pytest.approx([0.0, -2 * s, -2 * s]),
-    )
+    assert_loss(loss, inputs, loss=[0.0, -2 * s, -2 * s], gradient=[0.0, -2 * s, -2 * s])
 
 
 @pytest.mark.parametrize(

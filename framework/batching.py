@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from framework.algorithms.base import Aggregation
-from framework.errors import ConfigError
-from framework.types import Datum
+from framework.errors import ConfigError, StaleSampleError
+from framework.types import AdapterRef, Datum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,4 +231,39 @@ def _microbatch(sequences: Sequence[Example], indices: Sequence[int], multiple_o
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(chosen), dtype=np.int64), counts)),
         datum_ids=tuple(indices),
         fields=fields,
+    )
+
+
+def make_batch(
+    datums: Sequence[Datum],
+    *,
+    aggregation: Aggregation,
+    max_tokens: int,
+    multiple_of: int = 1,
+    temperature: float = 1.0,
+    constant: float = 1.0,
+    keep_together: int = 1,
+    global_sum: Callable[[float], float] = lambda value: value,
+    version: AdapterRef | None = None,
+) -> Batch:
+    """Shift, aggregate and pack this replica's datums.
+
+    Args:
+        datums: this replica's share; those without a trained token are left out of the microbatches' scored tokens.
+        version: the adapter version being trained; every datum must have been sampled by it. None does not check.
+
+    See :func:`aggregate` and :func:`pack` for the rest.
+
+    Raises:
+        StaleSampleError: a datum was sampled by another version.
+    """
+    if version is not None:
+        for index, datum in enumerate(datums):
+            if datum.adapter != version:
+                raise StaleSampleError(f"datum {index} was sampled by {datum.adapter}, the trainer is at {version}")
+    examples = aggregate(
+        [shift(datum) for datum in datums], aggregation, constant=constant, global_sum=global_sum
+    )
+    return pack(
+        examples, max_tokens=max_tokens, multiple_of=multiple_of, temperature=temperature, keep_together=keep_together
     )

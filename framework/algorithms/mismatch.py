@@ -25,9 +25,9 @@ class Mismatch:
     """Sums and maxima, so that parts of a batch can be merged before dividing."""
 
     means: Mapping[str, Metric]
-    """``mismatch/logprob_abs_diff``, ``mismatch/gen_kl_error``, ``mismatch/token_mult_prob_error``."""
+    """``parity/logprob_abs_diff_mean``, ``parity/gen_kl_error``, ``parity/token_mult_prob_error``."""
     maxima: Mapping[str, float]
-    """``mismatch/logprob_abs_diff_max``: over ranks take the maximum, not the mean."""
+    """``parity/logprob_abs_diff_max``: over ranks take the maximum, not the mean."""
 
 
 def measure_mismatch(logprobs: Tensor, sampling_logprobs: Tensor) -> Mismatch:
@@ -41,11 +41,11 @@ def measure_mismatch(logprobs: Tensor, sampling_logprobs: Tensor) -> Mismatch:
     count = float(len(diff))
     return Mismatch(
         means={
-            "mismatch/logprob_abs_diff": Metric(sum=float(diff.abs().sum()), count=count),
-            "mismatch/gen_kl_error": Metric(sum=float((torch.expm1(diff) - diff).sum()), count=count),
-            "mismatch/token_mult_prob_error": Metric(sum=float(torch.exp(diff.abs()).sum()), count=count),
+            "parity/logprob_abs_diff_mean": Metric(sum=float(diff.abs().sum()), count=count),
+            "parity/gen_kl_error": Metric(sum=float((torch.expm1(diff) - diff).sum()), count=count),
+            "parity/token_mult_prob_error": Metric(sum=float(torch.exp(diff.abs()).sum()), count=count),
         },
-        maxima={"mismatch/logprob_abs_diff_max": float(diff.abs().max()) if len(diff) else 0.0},
+        maxima={"parity/logprob_abs_diff_max": float(diff.abs().max()) if len(diff) else 0.0},
     )
 
 

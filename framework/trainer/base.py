@@ -68,6 +68,10 @@ class OptimResult:
 class Trainer(Protocol):
     """Trains any number of adapters of one frozen base model."""
 
+    @property
+    def token_multiple(self) -> int:
+        """Microbatches must have a multiple of this many tokens; see ``batching.pack``."""
+
     def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> None:
         """Creates an adapter: A Kaiming-uniform from ``seed`` (the same values for every tensor-parallel size), B zero.
 

@@ -74,6 +74,10 @@ class SlotTable:
         self._worker_manager = runner.lora_manager
         self._worker_manager._load_adapter = _refuse_to_load
         self._manager = self._worker_manager._adapter_manager
+        if self._manager.device.type == "cpu":
+            from framework.engine.vllm import cpu_lora  # subclasses vLLM's classes
+
+            cpu_lora.install(self._manager)
         self._layers: dict[str, tuple[nn.Module, int]] = {}
         packed = self._manager.packed_modules_mapping
         for path, layer in self._manager.modules.items():

@@ -1,0 +1,337 @@
+"""The configuration: dataclasses with the defaults, and the way from YAML and the command line to them.
+
+A default lives once, on its dataclass. Hydra composes ``conf/`` and the overrides over :func:`schema`; :func:`to_typed`
+turns the result into :class:`RunConfig`, and an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+
+from framework.algorithms.catalog import AlgorithmConfig
+from framework.environments.catalog import EnvironmentConfig
+from framework.errors import ConfigError
+from framework.lora.spec import LoraSpec
+from framework.tracking import TrackingConfig
+from framework.types import AdamParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name_or_path: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A hub name or a folder with config.json, safetensors and a tokenizer."""
+    dtype: str = "bfloat16"
+    """Of weights, adapters and computation: bfloat16, float16 or float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareConfig:
+    """What the ranks run on."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun started are divided."""
+
+    tensor_parallel_size: int | None = None
+    """Ranks that share one copy of the model; null takes all of them. The rest is data parallelism."""
+    sequence_parallel: bool = True
+    """Split norms and residuals over the sequence; has an effect with tensor parallelism."""
+    timeout_s: float = 600.0
+    """How long a collective may wait before the run ends with an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """The training side."""
+
+    backend: str = "megatron"
+    """megatron, or hf (transformers + PEFT, one process, the reference)."""
+    max_tokens_per_microbatch: int = 4096
+    """Token budget of one forward and backward."""
+    recompute: str = "none"
+    """What the backward pass computes again instead of keeping: none, mlp or full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The sampling side."""
+
+    max_model_len: int = 2048
+    """Prompt plus completion, in tokens."""
+    max_num_seqs: int = 256
+    """Requests worked on at once."""
+    max_num_batched_tokens: int = 4096
+    """Tokens of one engine step."""
+    max_adapters: int = 2
+    """Adapter versions the engine can hold at once."""
+    kv_cache_gib: float | None = 0.5
+    """Size of the KV cache; null leaves it to gpu_memory_utilization."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the device's memory for the engine, where kv_cache_gib is null."""
+    enforce_eager: bool = True
+    """Quick start without compilation or graph capture."""
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    """After warm-up: constant, linear (to 0) or cosine (to 0)."""
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Global norm the gradient is clipped to; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"optimizer.schedule={self.schedule!r}: must be constant, linear or cosine")
+
+    def at(self, step: int, num_steps: int) -> AdamParams:
+        """The hyper-parameters of ``step``, counted from 1 to ``num_steps``."""
+        import math
+
+        warmup = min(1.0, step / (self.warmup_steps + 1)) if self.warmup_steps else 1.0
+        progress = max(0.0, (step - 1 - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        decay = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.schedule]
+        return AdamParams(
+            learning_rate=self.learning_rate * warmup * decay,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How completions are drawn in training. Nucleus and top-k sampling are left out: the trainer could not
+    recompute the logprobs of a truncated distribution."""
+
+    max_tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0.0:
+            raise ConfigError(f"sampling.temperature={self.temperature}: must be above 0; evaluation is greedy by itself")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How much is sampled per step."""
+
+    prompts_per_step: int = 8
+    """Over all data-parallel replicas."""
+    group_size: int = 8
+    """Completions of the same prompt."""
+    max_turns: int = 1
+    timeout_s: float = 120.0
+    """Limit of one environment call."""
+    max_refills: int = 4
+    """Rounds of dynamic sampling, for algorithms that use it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityConfig:
+    """The gate on the difference between the trainer's logprobs and the engine's, of the same tokens."""
+
+    warn_abs_diff_mean: float = 0.05
+    abort_abs_diff_mean: float = 0.15
+    warn_gen_kl_error: float = 0.01
+    abort_gen_kl_error: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy evaluation on held-out problems."""
+
+    every: int = 20
+    """Steps between evaluations; there is always one before the first step and one after the last. 0: only these."""
+    num_problems: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What a run writes to be continued."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
+    keep: int = 2
+    """How many of the newest stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Demonstrations for supervised fine-tuning."""
+
+    path: str | None = None
+    """A JSONL or Parquet file with a ``messages`` column; null takes solved problems of the environment."""
+    batch_size: int = 32
+    """Conversations per step, over all replicas."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything a run is determined by."""
+
+    recipe: str = "grpo"
+    seed: int = 0
+    num_steps: int = 100
+    run_dir: str = "runs/default"
+    """Folder of this run's metrics, checkpoints, adapter and summary."""
+    resume: str | None = None
+    """null starts anew; auto continues from run_dir's newest checkpoint if there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def schema() -> dict[str, Any]:
+    """Every key with its default, as plain containers: the bottom layer of Hydra's composition."""
+    return plain(RunConfig())
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts and lists."""
+
+    def convert(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [convert(item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: convert(item) for key, item in value.items()}
+        return value
+
+    result: dict[str, Any] = convert(config)
+    return result
+
+
+def to_typed(composed: Any) -> RunConfig:
+    """Hydra's result as a RunConfig.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named) or a value has the wrong type.
+    """
+    container = OmegaConf.to_container(composed, resolve=True) if OmegaConf.is_config(composed) else composed
+    return _build(RunConfig, container, "")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as ``{"a.b.c": value}``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_overrides(arguments: Sequence[str], groups: Iterable[str], unused_sections: Iterable[str] = ()) -> None:
+    """Refuses a misspelt or useless key on the command line, before Hydra sees it.
+
+    Args:
+        arguments: e.g. ``["+recipe=grpo", "algorithm=gspo", "optimizer.learning_rate=1e-3"]``.
+        groups: folders of ``conf/``, which may be set without a dot.
+        unused_sections: sections the chosen recipe does not read.
+
+    Raises:
+        ConfigError: naming the key, and the nearest one that exists.
+    """
+    defaults = schema()
+    known = set(flatten(defaults)) | set(defaults) | set(groups)
+    free = "environment.args."
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        key = argument.partition("=")[0].lstrip("+~")
+        if key.startswith(("hydra.", free)) or key == "environment.args":
+            continue
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {argument!r}{_nearest(key, known)}")
+        if key.partition(".")[0] in set(unused_sections):
+            raise ConfigError(f"{argument!r}: this recipe does not use the section {key.partition('.')[0]!r}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(kind: Any, values: Any, path: str) -> Any:
+    """An instance of the dataclass ``kind`` from a mapping."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path.rstrip('.')}={values!r}: must be a section with keys, not a value")
+    hints = get_type_hints(kind)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ConfigError(f"unknown key {path + str(unknown[0])!r}{_nearest(str(unknown[0]), hints)}")
+    return kind(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the annotated type, or a ConfigError that says what is allowed."""
+    origin = get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, path)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path + ".")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r}: must be a list")
+        return tuple(_convert(get_args(hint)[0], item, path) for item in value)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path}={value!r}: must be one of {list(get_args(hint))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError as error:
+            raise ConfigError(f"{path}={value!r}: must be a number") from error
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ConfigError(f"{path}={value!r}: must be of type {hint.__name__}, not {type(value).__name__}")
+    return value

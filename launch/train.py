@@ -1,0 +1,37 @@
+"""``torchrun launch/train.py +recipe=grpo``: runs a recipe; any key of the configuration can be set on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from framework.config import check_overrides, schema, to_typed
+from framework.errors import FrameworkError
+from recipes import RECIPES
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+ConfigStore.instance().store(name="schema", node=schema())
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(composed: DictConfig) -> None:
+    try:
+        cfg = to_typed(composed)
+        RECIPES[cfg.recipe].run(cfg)
+    except FrameworkError as error:  # what a user can cause is one message, not a traceback
+        sys.exit(f"error: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        recipe = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("+recipe=")), "grpo")
+        unused = RECIPES[recipe].unused if recipe in RECIPES else ()
+        check_overrides(sys.argv[1:], groups, unused)
+        main()
+    except FrameworkError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,186 @@
+"""GRPO and its relatives: sample groups, score them, make one policy-gradient step, push the adapter, again.
+
+One optimizer step per batch, so the samples are always on-policy and the engine's logprobs are the only ones needed.
+Value networks, replay and asynchronous sampling are left out. What differs between GRPO, Dr. GRPO, DAPO, RLOO and the
+others is in ``algorithm``; what is sampled is in ``environment``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from framework.algorithms.algorithm import Algorithm
+from framework.algorithms.catalog import build_algorithm
+from framework.algorithms.datums import with_field
+from framework.batching import Batch, make_batch
+from framework.config import RunConfig
+from framework.data.order import ShuffledOrder
+from framework.environments.base import Problems
+from framework.environments.catalog import build_problems
+from framework.evaluation import greedy_accuracy
+from framework.lora.peft_io import save_peft
+from framework.metrics import reduce_metrics
+from framework.parity import check_parity, measure_parity
+from framework.rollout import CollectResult, collect, collect_filtered, sample_rows
+from framework.runtime import POLICY, SamplingRuntime, versions
+from framework.timing import PhaseTimer
+from framework.types import AdapterRef, Datum, SamplingParams
+
+
+def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
+    """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    algorithm = build_algorithm(cfg.algorithm, max_tokens=cfg.sampling.max_tokens)
+    problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
+    heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
+    order = ShuffledOrder(len(problems), seed=cfg.seed)
+    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
+    ref = rt.weight_sync.push(POLICY)
+    accuracy = [evaluate(cfg, rt, heldout, ref, step=0)]
+    history: list[dict[str, float]] = []
+    for step in range(1, cfg.num_steps + 1):
+        timer = PhaseTimer(rt.base.device.synchronize)
+        with timer.phase("rollout"):
+            result = sample(cfg, rt, algorithm, problems, order, ref, step)
+        datums = algorithm.datums(result.groups)
+        if algorithm.needs_ref_logprobs:
+            with timer.phase("reference"):
+                base_logprobs = rt.trainer.forward(None, batch_of(cfg, rt, algorithm, datums, ref)).logprobs
+            datums = with_field(datums, "ref_logprobs", base_logprobs)
+        advantages = algorithm.advantages(result.groups, datums, global_sum=lambda x: rt.mesh.global_sum([x])[0])
+        datums = with_field(datums, "advantages", advantages.values)
+        with timer.phase("forward_backward"):
+            loss = rt.trainer.forward_backward(POLICY, batch_of(cfg, rt, algorithm, datums, ref), algorithm.loss)
+        parity = measure_parity(datums, loss.result, rt.mesh)
+        check_parity(parity, cfg.parity, step=step)
+        adam = cfg.optimizer.at(step, cfg.num_steps)
+        with timer.phase("optim"):
+            optim = rt.trainer.optim_step(POLICY, adam)
+        with timer.phase("push"):
+            ref = rt.weight_sync.push(POLICY)
+        metrics = reduce_metrics([result.metrics, advantages.metrics, loss.metrics], global_sum=rt.mesh.global_sum)
+        total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
+        metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
+        metrics |= {"optim/grad_norm": optim.grad_norm, "optim/learning_rate": adam.learning_rate}
+        metrics |= {"time/tokens_per_s": num_tokens / timer.total()}
+        rt.tracker.log(step, metrics)
+        history.append(metrics)
+        if step == cfg.num_steps or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
+            accuracy.append(evaluate(cfg, rt, heldout, ref, step=step))
+            rt.tracker.log_table(step, "rollouts", *table(rt, result))
+    finish(cfg, rt, accuracy, history)
+
+
+def sample(
+    cfg: RunConfig,
+    rt: SamplingRuntime,
+    algorithm: Algorithm,
+    problems: Problems,
+    order: ShuffledOrder,
+    ref: AdapterRef,
+    step: int,
+) -> CollectResult:
+    """This replica's groups of one step; with dynamic sampling, only groups whose rewards differ."""
+    mesh, rollout = rt.mesh, cfg.rollout
+    play = partial(
+        collect,
+        rt.engine,
+        ref,
+        problems,
+        group_size=rollout.group_size,
+        sampling=SamplingParams(max_tokens=cfg.sampling.max_tokens, temperature=cfg.sampling.temperature),
+        seed=cfg.seed,
+        step=step,
+        coordinator=mesh,
+        timeout_s=rollout.timeout_s,
+        max_turns=rollout.max_turns,
+    )
+
+    def draw(count: int) -> Sequence[int]:
+        return order.next(count * mesh.dp_size)[mesh.dp_rank :: mesh.dp_size]
+
+    num_groups = rollout.prompts_per_step // mesh.dp_size
+    if not algorithm.dynamic_sampling:
+        return play(draw(num_groups))
+    return collect_filtered(
+        lambda indices, attempt: play(indices, attempt=attempt),
+        draw,
+        num_groups=num_groups,
+        max_rounds=rollout.max_refills,
+    )
+
+
+def batch_of(
+    cfg: RunConfig, rt: SamplingRuntime, algorithm: Algorithm, datums: Sequence[Datum], ref: AdapterRef
+) -> Batch:
+    """This replica's microbatches, weighted for the global batch."""
+    return make_batch(
+        datums,
+        aggregation=algorithm.aggregation,
+        constant=float(algorithm.max_tokens),
+        max_tokens=cfg.trainer.max_tokens_per_microbatch,
+        multiple_of=rt.trainer.token_multiple,
+        temperature=cfg.sampling.temperature,
+        global_sum=lambda value: rt.mesh.global_sum([value])[0],
+        version=ref,
+    )
+
+
+def evaluate(cfg: RunConfig, rt: SamplingRuntime, problems: Problems, ref: AdapterRef, *, step: int) -> float:
+    """Logs and returns the greedy accuracy of this version; the same problems every time."""
+    mesh = rt.mesh
+    indices = range(min(cfg.evaluation.num_problems, len(problems)))[mesh.dp_rank :: mesh.dp_size]
+    mine = greedy_accuracy(
+        rt.engine,
+        ref,
+        problems,
+        indices,
+        max_tokens=cfg.sampling.max_tokens,
+        coordinator=mesh,
+        max_turns=cfg.rollout.max_turns,
+    )
+    correct, count = mesh.global_sum([mine * len(indices), float(len(indices))])
+    rt.tracker.log(step, {"eval/accuracy": correct / count})
+    return correct / count
+
+
+def table(rt: SamplingRuntime, result: CollectResult) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+    """A few rollouts as text."""
+    rows = sample_rows(result.groups, rt.chat.decode, limit=8)
+    return ("problem", "prompt", "completion", "reward"), [
+        (r.problem_id, r.prompt, r.completion, r.reward) for r in rows
+    ]
+
+
+def finish(cfg: RunConfig, rt: SamplingRuntime, accuracy: list[float], history: list[dict[str, float]]) -> None:
+    """Writes the adapter as a PEFT folder, and ``summary.json``."""
+    tensors = rt.trainer.export_adapter(POLICY)
+    with rt.mesh.agree_on_error("writing the adapter"):
+        if rt.mesh.rank == 0:
+            save_peft(
+                rt.run_dir / "adapter",
+                spec=cfg.lora,
+                tensors=tensors,
+                base_model=cfg.model.name_or_path,
+            )
+
+    def mean(*names: str) -> float:
+        steady = history[1:] or history  # the first step warms up
+        return sum(metrics.get(name, 0.0) for metrics in steady for name in names) / max(1, len(steady))
+
+    rt.tracker.finish(
+        {
+            "eval/accuracy_start": accuracy[0],
+            "eval/accuracy_end": accuracy[-1],
+            "num_steps": cfg.num_steps,
+            "time/step_s": mean("time/step_s"),
+            "time/push_s": mean("time/push_s"),
+            "time/generate_s": mean("time/generate_s"),
+            "time/train_s": mean("time/forward_backward_s", "time/optim_s"),
+            "parity/logprob_abs_diff_mean": mean("parity/logprob_abs_diff_mean"),
+            "model": cfg.model.name_or_path,
+            "model_source": rt.base.model.source,
+            "versions": versions(),
+            "adapter": str(rt.run_dir / "adapter"),
+        }
+    )

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
     ("algorithms", "lora", "config", "console", "device", "distributed", "metrics", "models", "storage"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
-    ("rollout", "weight_sync", "checkpoint"),
+    ("episodes", "rollout", "weight_sync", "checkpoint"),
     ("runtime",),
     ("service", "client"),
 )

@@ -91,6 +91,16 @@ def test_kl_in_loss_against_trl() -> None:
     assert_same_as(peer("trl")["loss/ppo_clip/kl_k3"], loss, inputs)
 
 
+def test_kl_in_loss_against_verl() -> None:
+    """verl's kl term follows the aggregation too. With entropy in it the bonus does as well; its value is compared."""
+    inputs = recorded_inputs("sequence_mean", fields=("proximal_logprobs", "ref_logprobs"))
+    loss = ComposedLoss(policy=PPO, kl=KLTerm(coef=0.04, estimator=k3))
+    assert_same_as(peer("verl")["loss/ppo_clip/kl_k3_sequence_mean"], loss, inputs)
+    inputs = recorded_inputs("token_mean", fields=("proximal_logprobs", "ref_logprobs"))
+    loss = ComposedLoss(policy=PPO, kl=KLTerm(coef=0.04, estimator=k2), entropy_coef=0.01)
+    assert_same_as(peer("verl")["loss/ppo_clip/kl_k2_entropy"], loss, inputs)
+
+
 def test_entropy_bonus_against_trl() -> None:
     """TRL averages the bonus over tokens whatever the loss's own mean; ours follows the aggregation, here the same."""
     assert_same_as(

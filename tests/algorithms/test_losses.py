@@ -163,6 +163,13 @@ def test_against_peers(package: str, case: str, loss: LossFn) -> None:
     assert_same_as(peer(package)[case], loss, recorded_inputs(aggregation))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("package", ["verl", "openrlhf"])
+def test_importance_sampling_against_peers(package: str) -> None:
+    """PPO with the ratio bounded by 0 and 1e9 clips nothing; GRPO's losses without clip are this."""
+    case = peer(package)["loss/ppo_clip/importance_sampling"]
+    assert_same_as(case, ImportanceSampling(), recorded_inputs("token_mean"))
+
+
 @pytest.mark.parametrize("package", ["trl", "verl", "openrlhf"])
 def test_dual_clip_against_peers(package: str) -> None:
     """TRL writes it as an upper bound of the ratio (delta) before the minimum, which is the same thing."""

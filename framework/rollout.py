@@ -20,8 +20,8 @@ from typing import Protocol, TypeVar
 from framework.algorithms.base import Metric
 from framework.engine.base import RolloutEngine, SampleRequest
 from framework.environments.base import Problems
+from framework.environments.episodes import Leader, Plan
 from framework.environments.workers import Workers
-from framework.episodes import Leader, Plan
 from framework.errors import EnvironmentFailure, FrameworkError, StaleSampleError
 from framework.types import AdapterRef, Completion, RolloutGroup, SamplingParams
 
@@ -38,8 +38,8 @@ class Coordinator(Protocol):
     def is_leader(self) -> bool:
         """True on tensor-parallel rank 0."""
 
-    def broadcast(self, value: T | None) -> T:
-        """Returns the leader's ``value`` on every rank; the others pass None. All ranks of the group call it."""
+    def run_on_leader(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on the leader; its value or its error on every rank. All ranks of the group call it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class CollectResult:
     groups: tuple[RolloutGroup, ...]
     """In the order of the indices, each of ``group_size`` rollouts."""
     metrics: Mapping[str, Metric]
-    """``reward/*``, ``rollout/*``, ``environment/*`` and ``time/generate_s``, ``time/reward_s`` of the leader.
+    """``reward/*``, with the environment's own as ``reward/env/*``, ``rollout/*``, and two times of the leader.
 
     ``time/generate_s`` is the time in the engine, ``time/reward_s`` the time in which only environments ran.
     """
@@ -75,7 +75,7 @@ def collect(
     Args:
         ref: the adapter version to sample from; None is the base model.
         problems: read on the leader only.
-        sampling: for every turn; its seed is replaced by :func:`framework.episodes.request_seed`.
+        sampling: for every turn; its seed is replaced by :func:`framework.environments.episodes.request_seed`.
         timeout_s: limit of one environment call in seconds.
         max_turns: a rollout that is not done after so many completions ends there.
         attempt: distinguishes several calls for the same step.
@@ -89,12 +89,12 @@ def collect(
     with Workers(num_threads=MAX_CONCURRENT_ENVIRONMENTS, timeout_s=timeout_s) as workers:
         plan = Plan(sampling=sampling, seed=seed, step=step, attempt=attempt, max_turns=max_turns, timeout_s=timeout_s)
         leader = Leader(problems, plan, workers, max_tokens_in_context=engine.max_prompt_tokens)
-        requests = _on_leader(coordinator, lambda: leader.start(indices, group_size))
+        requests = coordinator.run_on_leader(lambda: leader.start(indices, group_size))
         while requests:
             give = leader.give if coordinator.is_leader else None
             _sample(engine, [replace(request, adapter=ref) for request in requests], give)
-            requests = _on_leader(coordinator, leader.next_turn)
-        result = _on_leader(coordinator, lambda: _result(leader, group_size))
+            requests = coordinator.run_on_leader(leader.next_turn)
+        result = coordinator.run_on_leader(lambda: _result(leader, group_size))
     return replace(result, groups=tuple(_with_adapter(group, ref) for group in result.groups))
 
 
@@ -181,23 +181,6 @@ def sample_rows(
     return tuple(rows)
 
 
-def _on_leader(coordinator: Coordinator, compute: Callable[[], T]) -> T:
-    """Runs ``compute`` on the leader; every rank returns its value or raises its error."""
-    outcome: tuple[T | None, FrameworkError | None] | None = None
-    cause: Exception | None = None
-    if coordinator.is_leader:
-        try:
-            outcome = (compute(), None)
-        except FrameworkError as error:
-            cause, outcome = error.__cause__ if isinstance(error.__cause__, Exception) else None, (None, error)
-        except Exception as error:  # the other ranks wait in the broadcast, so any error must reach them
-            cause, outcome = error, (None, EnvironmentFailure(f"collecting rollouts failed: {error!r}"))
-    value, failure = coordinator.broadcast(outcome)
-    if failure is not None:
-        raise failure from cause
-    return value  # type: ignore[return-value]  # compute's own result, None only where T admits it
-
-
 def _sample(
     engine: RolloutEngine, requests: Sequence[SampleRequest], give: Callable[[str, Completion], None] | None
 ) -> None:
@@ -261,7 +244,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     }
     for name in sorted({name for rollout in rollouts for name in rollout.metrics}):
         values = [rollout.metrics[name] for rollout in rollouts if name in rollout.metrics]
-        metrics[f"environment/{name}"] = Metric(sum=math.fsum(values), count=float(len(values)))
+        metrics[f"reward/env/{name}"] = Metric(sum=math.fsum(values), count=float(len(values)))
     return metrics
 
 

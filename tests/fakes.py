@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from framework.engine.base import SampleRequest, StepOutput
 from framework.errors import ConfigError
@@ -13,6 +17,32 @@ from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion
 
 T = TypeVar("T")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tiny_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 tokens, made on the spot: ``<|im_start|>`` is 0, ``<|im_end|>`` (eos) is 1.
+
+    Two line breaks in a row are one token, as in the tokenizers of real chat models.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        show_progress=False,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["user", "assistant", "system", "tool", "\n\n", "the answer is"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=chat_template
+    )
 
 
 class ScriptedEngine:
@@ -92,35 +122,38 @@ class OneRank:
 
     is_leader = True
 
-    def broadcast(self, value: T | None) -> T:
-        return value  # type: ignore[return-value]
+    def run_on_leader(self, work: Callable[[], T]) -> T:
+        return work()
 
 
 class ThreadRanks:
-    """Coordinators of ``n`` ranks that are threads of this process; a broadcast meets at a barrier.
+    """Coordinators of ``n`` ranks that are threads of this process; they meet at a barrier.
 
-    A rank that broadcasts while another never does fails after ``timeout_s`` instead of hanging.
+    A rank that waits for another longer than ``timeout_s`` fails instead of hanging.
     """
 
     def __init__(self, n: int, *, timeout_s: float = 10.0) -> None:
-        self._barrier = threading.Barrier(n, timeout=timeout_s)
-        self._value: object = None
-        self.ranks = [_ThreadRank(self, rank) for rank in range(n)]
-
-    def exchange(self, value: object, *, is_leader: bool) -> object:
-        if is_leader:
-            self._value = value
-        self._barrier.wait()
-        value = self._value
-        self._barrier.wait()
-        return value
+        self.barrier = threading.Barrier(n, timeout=timeout_s)
+        self.outcome: tuple[object, Exception | None] = (None, None)
+        self.ranks = [ThreadRank(self, is_leader=rank == 0) for rank in range(n)]
 
 
-class _ThreadRank:
-    def __init__(self, group: ThreadRanks, rank: int) -> None:
+class ThreadRank:
+    """One rank of :class:`ThreadRanks`."""
+
+    def __init__(self, group: ThreadRanks, *, is_leader: bool) -> None:
         self._group = group
-        self.is_leader = rank == 0
+        self.is_leader = is_leader
 
-    def broadcast(self, value: T | None) -> T:
-        assert self.is_leader or value is None
-        return self._group.exchange(value, is_leader=self.is_leader)  # type: ignore[return-value]
+    def run_on_leader(self, work: Callable[[], T]) -> T:
+        if self.is_leader:
+            try:
+                self._group.outcome = (work(), None)
+            except Exception as error:  # noqa: BLE001 - raised on every rank below
+                self._group.outcome = (None, error)
+        self._group.barrier.wait()
+        value, failure = self._group.outcome
+        self._group.barrier.wait()
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[return-value]

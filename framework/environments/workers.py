@@ -105,7 +105,7 @@ class Workers:
             call.started_s = time.monotonic()
             try:
                 call.value = call.function()
-            except Exception as error:  # a user's code may raise anything; the caller reports it
+            except Exception as error:  # noqa: BLE001 - a user's code may raise anything; the caller reports it
                 call.error = error
             call.seconds = time.monotonic() - call.started_s
             self._ended.put(call)

@@ -19,7 +19,7 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,  # of the 8 frequencies one is kept, one interpolated, six divided
 }
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"family": "llama", "tied": False},

@@ -29,7 +29,7 @@ from tests.trainer.reference import ENTROPY_BONUS, Factors
 
 TEMPERATURE = 0.7
 SEQUENCE = torch.randint(0, VOCAB_SIZE, (48,), generator=torch.Generator().manual_seed(0))
-"""Even, so that two ranks can split it; longer than the original context of the llama3 rope variant."""
+"""Even, so that two ranks can split it."""
 FIVE_STEPS = AdamParams(learning_rate=2e-3, weight_decay=0.1, max_grad_norm=0.3)
 RSLORA = LoraSpec(rank=5, alpha=11.0, use_rslora=True)
 

@@ -200,6 +200,16 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
     )
 
 
+def close_mesh() -> None:
+    """Leaves the process group; the last thing a rank does.
+
+    Without it the collectives' threads are still running when the interpreter ends, and now and then abort a process
+    that has done its work (torch 2.13: "terminate called without an active exception", exit code -6).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _default_environment() -> None:
     """What torchrun would have set, for a process started without it."""
     os.environ.setdefault("RANK", "0")

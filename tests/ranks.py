@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import torch
 
+from framework.distributed import close_mesh
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -123,6 +125,7 @@ def _child(target: str, folder: Path) -> None:
         temporary = folder / f"rank{rank}.partial"
         torch.save(result, temporary)
         temporary.rename(folder / f"rank{rank}.pt")
+        close_mesh()
     except BaseException:
         (folder / f"rank{rank}.error").write_text(traceback.format_exc())
         raise

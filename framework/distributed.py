@@ -56,16 +56,19 @@ class Mesh:
 
     def run_on_leader(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on the leader and gives its result, or raises its error, on every rank of the group."""
-        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.tp_size == 1:
+            return work()
+        payload, failure = b"", None
         if self.is_leader:
             try:
-                outcome = (work(), None)
+                payload = pickle.dumps((work(), None))
             except Exception as error:  # noqa: BLE001 - carried to the other ranks and raised on all of them
-                outcome = (None, _portable(error))
-        value, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+                failure = _portable(error)
+                payload = pickle.dumps((None, failure))
+        value, carried = pickle.loads(self.broadcast(payload))
+        if carried is not None:
+            raise failure or carried  # the leader's own has its traceback
+        return value  # type: ignore[no-any-return]
 
     def global_sum(self, values: list[float]) -> list[float]:
         """Adds numbers over the data-parallel group. All its ranks must call it."""
@@ -127,14 +130,20 @@ class Mesh:
             return
         box: list[Any] = [None] * self.tp_size
         dist.all_gather_object(box, repr(value), group=self.tp_group)
-        lines = "\n".join(f"  tensor-parallel rank {rank}: {_difference(text, box[0])}" for rank, text in enumerate(box))
+        start = _first_difference(box)
+        lines = "\n".join(f"  tensor-parallel rank {rank}: {_around(text, start)}" for rank, text in enumerate(box))
         raise LockstepError(f"the ranks disagree before {what}:\n{lines}")
 
 
-def _difference(text: str, other: str, width: int = 400) -> str:
-    """``text`` around the first place where it differs from ``other``."""
-    start = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
-    start = max(0, start - width // 4)
+def _first_difference(texts: list[str]) -> int:
+    """The first index at which not all texts have the same character; where the shortest ends if there is none."""
+    columns = zip(*texts, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, texts)))
+
+
+def _around(text: str, index: int, width: int = 400) -> str:
+    """``width`` characters of ``text`` about ``index``."""
+    start = max(0, index - width // 4)
     return ("..." if start else "") + text[start : start + width] + ("..." if len(text) > start + width else "")
 
 
@@ -189,6 +198,16 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
         tp_group=mine["tp"],
         dp_group=mine["dp"],
     )
+
+
+def close_mesh() -> None:
+    """Leaves the process group; the last thing a rank does.
+
+    Without it the collectives' threads are still running when the interpreter ends, and now and then abort a process
+    that has done its work (torch 2.13: "terminate called without an active exception", exit code -6).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _default_environment() -> None:

@@ -1,9 +1,13 @@
-"""What every test shares: tests marked ``gpu`` are skipped where there is no accelerator."""
+"""What every test shares: tests marked ``gpu`` are skipped where there is no accelerator; tiny checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests import tiny_models
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of every tiny checkpoint, see :mod:`tests.tiny_models`."""
+    return tiny_models.make_all(tmp_path_factory.mktemp("tiny"))

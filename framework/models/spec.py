@@ -70,12 +70,18 @@ class ModelSpec:
             ("attention heads", self.num_heads),
             ("key/value heads", self.num_kv_heads),
             ("rows of the MLP", self.ffn_size),
+            ("rows of the padded vocabulary", self.padded_vocab_size),
         ):
             if number % size:
                 raise ModelError(
                     f"parallel.tensor_parallel_size={size} does not divide this model's {number} {what}; "
                     f"choose a divisor of {number}, or another model (model.name_or_path)"
                 )
+        if self.padded_vocab_size // size * (size - 1) >= self.vocab_size:
+            raise ModelError(
+                f"parallel.tensor_parallel_size={size} leaves a rank without a token of this model's vocabulary of "
+                f"{self.vocab_size}; choose a smaller size"
+            )
 
     def projection_shape(self, target: str) -> tuple[int, int]:
         """Whole (out_features, in_features) of one HF projection."""
@@ -102,10 +108,12 @@ def read_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"model.name_or_path={folder}: there is no config.json in this folder") from error
+    except OSError as error:
+        raise ModelError(f"model.name_or_path={folder}: config.json cannot be read from it: {error}") from error
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(
@@ -121,10 +129,16 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ModelSpec fields that every family spells alike.
 
     Raises:
-        ModelError: an activation or rope type that is not implemented.
+        ModelError: an activation, rope type or quantisation that is not implemented.
     """
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"config.json: hidden_act={config['hidden_act']!r} is not supported, only 'silu'")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"config.json: quantization_config ({method}) is not supported; "
+            f"set model.name_or_path to the unquantised checkpoint"
+        )
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     heads = config["num_attention_heads"]

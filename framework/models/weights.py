@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from framework.errors import ModelError
-from framework.models.layout import Entry, Split, entries
+from framework.models.layout import LM_HEAD, Entry, Split, entries
 from framework.models.spec import ModelSpec
 
 
@@ -28,7 +28,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.exists():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{index} is damaged: {error}; fetch the model again") from error
         missing = sorted({name for name in weight_map.values() if not (folder / name).exists()})
         if missing:
@@ -57,9 +57,10 @@ def load_shard(
         device: where the result lives.
 
     Raises:
-        ModelError: a tensor or file is missing, damaged, or of another shape than config.json says.
+        ModelError: a tensor or file is missing, damaged, unknown, or of another shape than config.json says.
     """
     files = tensor_files(folder)
+    _check_all_used(files, spec, folder)
     shard: dict[str, Tensor] = {}
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
@@ -73,6 +74,15 @@ def load_shard(
         except SafetensorError as error:
             raise ModelError(f"{folder}: the weights are damaged: {error}; fetch the model again") from error
     return shard
+
+
+def _check_all_used(files: Mapping[str, Path], spec: ModelSpec, folder: Path) -> None:
+    """Refuses a checkpoint with weights that this model would ignore, e.g. scales or biases."""
+    used = {source for entry in entries(spec) for source in entry.sources}
+    harmless = {LM_HEAD.name} if spec.tied_embeddings else set()
+    odd = sorted(name for name in set(files) - used - harmless if not name.endswith("rotary_emb.inv_freq"))
+    if odd:
+        raise ModelError(f"{folder}: the checkpoint has tensors config.json does not imply: {odd[:4]} ({len(odd)})")
 
 
 def _slice(handles: Mapping[Path, Any], files: Mapping[str, Path], name: str, folder: Path) -> Any:

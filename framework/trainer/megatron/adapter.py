@@ -14,6 +14,7 @@ Everything is one flat vector, ordered so that what must be reduced and what mus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from framework.distributed import Mesh
+from framework.errors import AdapterError, FrameworkError
 from framework.lora.init import init_a
 from framework.lora.spec import LoraSpec
 from framework.models.layout import Projection, projections
@@ -60,6 +62,8 @@ class AdapterState:
         self.grad = torch.zeros(size, device=device)
         self.weights = torch.zeros(size, dtype=dtype, device=device)
         self.step = 0
+        self.num_microbatches = 0
+        """Trained on so far; every one has its own dropout masks."""
         self._exp_avg = torch.zeros(size, device=device)
         self._exp_avg_sq = torch.zeros(size, device=device)
         for p in self.projections:
@@ -151,12 +155,22 @@ class AdapterState:
         self.grad.add_(grad)
 
     def optim_step(self, params: AdamParams) -> OptimResult:
-        """Sums the gradient over ranks, clips, steps AdamW, publishes, clears. All ranks of both groups must call."""
+        """Sums the gradient over ranks, clips, steps AdamW, publishes, clears. All ranks of both groups must call.
+
+        Raises:
+            FrameworkError: the gradient is not finite, on every rank; it is cleared, nothing else changes.
+        """
         if self.mesh.dp_size > 1:
             dist.all_reduce(self.grad, group=self.mesh.dp_group)
         if self.mesh.tp_size > 1:
             dist.all_reduce(self.grad[self._replicated], group=self.mesh.tp_group)
         norm = self._grad_norm()
+        if not math.isfinite(norm):
+            self.grad.zero_()
+            raise FrameworkError(
+                f"the gradient's norm is {norm}: the step was not made and the gradient dropped; "
+                f"look for infinite or NaN rewards, advantages or logprobs in the batch"
+            )
         if params.max_grad_norm > 0.0 and norm > params.max_grad_norm:
             self.grad.mul_(params.max_grad_norm / (norm + 1e-6))
         self.step += 1
@@ -230,13 +244,28 @@ class AdapterState:
     def state_dict(self) -> dict[str, Tensor]:
         """CPU copies of everything that a resumed run needs."""
         state = {name: flat.detach().cpu().clone() for name, flat in self._flats().items()}
-        return {**state, "step": torch.tensor(self.step)}
+        return {**state, "step": torch.tensor(self.step), "num_microbatches": torch.tensor(self.num_microbatches)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        for name, flat in self._flats().items():
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            AdapterError: a tensor is missing or of another size; nothing was changed.
+        """
+        flats = self._flats()
+        missing = sorted({*flats, "step", "num_microbatches"} - set(state))
+        if missing:
+            raise AdapterError(f"the adapter's saved state lacks {missing}")
+        for name, flat in flats.items():
+            if state[name].shape != flat.shape:
+                raise AdapterError(
+                    f"the adapter's saved {name} has shape {tuple(state[name].shape)}, this one {tuple(flat.shape)}: "
+                    f"it was saved with another lora.* or parallel.tensor_parallel_size"
+                )
+        for name, flat in flats.items():
             flat.copy_(state[name])
         self.step = int(state["step"])
+        self.num_microbatches = int(state["num_microbatches"])
         self.publish()
 
     def _flats(self) -> dict[str, Tensor]:

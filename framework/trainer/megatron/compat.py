@@ -17,6 +17,7 @@ from framework.distributed import Mesh
 def initialize(device: Device, mesh: Mesh) -> None:
     """Makes Megatron's process groups and random-number tracker. All ranks must call it; a second call does nothing."""
     if parallel_state.model_parallel_is_initialized():
+        assert parallel_state.get_tensor_model_parallel_world_size() == mesh.tp_size, "one mesh per process"
         return
     if device.kind == "cpu":
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]

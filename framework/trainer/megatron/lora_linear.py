@@ -68,7 +68,7 @@ class LoraSwitch:
         self.training = False
         """Dropout is applied only while True."""
         self.dropout_counter = 0
-        """Advances with every training microbatch, so that every mask is drawn once and can be drawn again."""
+        """Set for every training microbatch, so that every mask is drawn once and can be drawn again."""
 
 
 class _LoraMatmul(torch.autograd.Function):

@@ -15,7 +15,7 @@ from framework.algorithms.base import LossFn, LossInputs, Metric
 from framework.batching import Batch, Microbatch
 from framework.device import Device
 from framework.distributed import Mesh
-from framework.errors import AdapterError, ConfigError
+from framework.errors import AdapterError, ConfigError, DataError
 from framework.lora.spec import LoraSpec
 from framework.models.spec import ModelSpec
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
@@ -120,8 +120,9 @@ class MegatronTrainer:
         loss, metrics = 0.0, dict[str, Metric]()
         results: list[tuple[Microbatch, Tensor, Tensor]] = []
         with self._adapter_on(name, grad=grad):
-            for microbatch in batch.microbatches:
-                self._switch.dropout_counter += 1
+            for index, microbatch in enumerate(batch.microbatches):
+                number = state.num_microbatches + index
+                self._switch.dropout_counter = number * self.mesh.dp_size + self.mesh.dp_rank
                 logprobs, entropy = self._logprobs(microbatch, batch.temperature)
                 output = loss_fn(self._loss_inputs(microbatch, logprobs, entropy))
                 total = (output.per_token * microbatch.weights.to(logprobs.device)).sum()
@@ -130,6 +131,7 @@ class MegatronTrainer:
                 _merge(metrics, output.metrics)
                 results.append((microbatch, logprobs.detach(), entropy.detach()))
         state.accumulate(grad)
+        state.num_microbatches += len(batch.microbatches)
         return ForwardBackwardResult(loss=loss, metrics=metrics, result=_by_datum(results, batch.num_datums))
 
     def optim_step(self, name: str, params: AdamParams) -> OptimResult:
@@ -227,7 +229,20 @@ class MegatronTrainer:
             return mappings.copy_to_tensor_model_parallel_region(hidden, group=self.mesh.tp_group)
         return hidden
 
+    def _check(self, microbatch: Microbatch) -> None:
+        """Refuses tokens and lengths the model has never seen, on the host, before anything is computed."""
+        vocab, context = self.spec.vocab_size, self.spec.max_position_embeddings
+        for what, ids in (("input_ids", microbatch.input_ids), ("target_ids", microbatch.target_ids)):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+                raise DataError(
+                    f"{what} has a token id {int(ids.max() if ids.max() >= vocab else ids.min())}, "
+                    f"this model's vocabulary is 0 to {vocab - 1}"
+                )
+        if microbatch.max_seqlen > context:
+            raise DataError(f"a sequence of {microbatch.max_seqlen} tokens exceeds this model's context of {context}")
+
     def _logprobs(self, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+        self._check(microbatch)
         hidden = self._hidden(
             microbatch.input_ids, microbatch.position_ids, microbatch.cu_seqlens, microbatch.max_seqlen
         )

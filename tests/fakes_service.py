@@ -151,7 +151,10 @@ class ToyTrainer:
 
     def export_adapter(self, name: str) -> Mapping[str, npt.NDArray[np.float32]]:
         state = self.loaded[name].tensors
-        return {f"{MODULE}.lora_A.weight": state["a"].numpy().copy(), f"{MODULE}.lora_B.weight": state["b"].numpy().copy()}
+        return {
+            f"{MODULE}.lora_A.weight": state["a"].numpy().copy(),
+            f"{MODULE}.lora_B.weight": state["b"].numpy().copy(),
+        }
 
     def import_adapter(self, name: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         state = self.loaded[name].tensors
@@ -213,7 +216,8 @@ class ToyEngine:
     def load_adapter(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard]) -> None:
         if len(self.slots) >= self._max_adapters:
             raise AdapterError(f"no slot is free for {ref}; engine.max_adapters={self._max_adapters}")
-        assert ref not in self.slots and ref.version not in {other.version for other in self.slots}
+        assert ref not in self.slots
+        assert ref.version not in {other.version for other in self.slots}
         self.slots[ref] = LoraShard(a=shards[MODULE].a.clone(), b=shards[MODULE].b.clone())
         self.loads += 1
 
@@ -251,7 +255,8 @@ class ToyEngine:
         for name in list(self.flights)[: self.max_batch]:
             flight = self.flights[name]
             stop = self._advance(flight)
-            new[name] = (flight.tokens[-1],)
+            if flight.request.stream:
+                new[name] = (flight.tokens[-1],)
             if stop is not None:
                 finished[name] = self._completion(self.flights.pop(name), stop)
         return StepOutput(finished=finished, new_tokens=new)

@@ -1,10 +1,10 @@
 """What rank 0 knows of each adapter, and where its files are.
 
-    <data_dir>/registry.sqlite3
-    <data_dir>/adapters/<id>/snapshot-<seq>/      exact training state (one, the newest)
-    <data_dir>/adapters/<id>/version-<k>/         engine shards of the weights after k changes
-    <data_dir>/checkpoints/<id>/<kind>/<name>.<token>/
-    <lora_dir>/<id>/                              PEFT folder of an adapter of the simple client
+<data_dir>/registry.sqlite3
+<data_dir>/adapters/<id>/snapshot-<seq>/      exact training state (one, the newest)
+<data_dir>/adapters/<id>/version-<k>/         engine shards of the weights after k changes
+<data_dir>/checkpoints/<id>/<kind>/<name>.<token>/
+<lora_dir>/<id>/                              PEFT folder of an adapter of the simple client
 """
 
 from __future__ import annotations
@@ -145,14 +145,19 @@ class Adapters:
         Raises:
             RequestError: unknown, expired, another owner's and not public (404), or of another kind.
         """
-        _, found, _ = split_path(path)
+        row = self.readable_checkpoint(path, owner)
+        if row["kind"] != kind:
+            raise RequestError(f"{path} is of kind {row['kind']}, this needs {kind}")
+        return row
+
+    def readable_checkpoint(self, path: str, owner: str) -> dict[str, Any]:
+        """Likewise, of any kind."""
+        split_path(path)
         row = self.store.one("SELECT * FROM checkpoints WHERE path=?", path)
         if row is None or not (row["owner"] == owner or row["public"]):
             raise RequestError(f"there is no checkpoint {path}", status=404)
         if row["expires"] is not None and row["expires"] < time.time():
             raise RequestError(f"checkpoint {path} has expired", status=404)
-        if found != kind:
-            raise RequestError(f"{path} is of kind {found}, this needs {kind}")
         return row
 
     def replace_checkpoint(self, row: Mapping[str, Any]) -> None:

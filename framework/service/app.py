@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from framework.service import routes_tinker
+from framework.service import routes_openai, routes_rest, routes_simple, routes_tinker
 from framework.service.http import BodyLimit, add_error_handlers, log_requests
 from framework.service.service import Service
 
@@ -23,12 +23,13 @@ def build_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.loop = asyncio.get_running_loop()
+        service.futures.loop = asyncio.get_running_loop()
         yield
 
     app = FastAPI(title="Tandem", version="1", lifespan=lifespan)
     app.state.service = service
-    app.include_router(routes_tinker.router)
+    for routes in (routes_tinker, routes_rest, routes_simple, routes_openai):
+        app.include_router(routes.router)
     app.add_api_route("/healthz", healthz, methods=["GET"], tags=["operation"])
     app.add_middleware(BaseHTTPMiddleware, dispatch=log_requests)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_mib << 20)

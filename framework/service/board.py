@@ -27,9 +27,21 @@ class LoopConfig:
     snapshot_after_s: float
     """Seconds of training per adapter that a restart may have to repeat."""
     gap_timeout_s: float
+    keep_versions: int
+    session_timeout_s: float
+    outcome_ttl_s: float
     heartbeat_s: float
     """Other ranks hear from rank 0 at least this often; well below the collectives' timeout."""
     stop_grace_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampling:
+    """A Sample under way."""
+
+    entry: Entry
+    done: dict[int, Completion] = field(default_factory=dict)
+    """Finished completions by index."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,10 +58,12 @@ class Board:
     """(request id, sample index, new tokens) for samples that asked for them."""
     trainer_slots: Slots[str] = field(init=False)
     engine_slots: Slots[VersionKey] = field(init=False)
-    sampling: dict[str, dict[int, Completion]] = field(default_factory=dict)
-    """Finished completions of each Sample under way, by index."""
+    sampling: dict[str, Sampling] = field(default_factory=dict)
+    """Samples under way by request id."""
     parts: dict[str, Part] = field(default_factory=dict)
     """Completions in the engine by engine id."""
+    aborts: list[str] = field(default_factory=list)
+    """Completions to be taken out of the engine with the next plan."""
     draining: VersionKey | None = None
     """Gets no new samples, so that its slot becomes free for a version that waits."""
     outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
@@ -85,5 +99,5 @@ class Board:
         if not self.outcomes:
             return
         ready, self.outcomes = self.outcomes, []
-        self.store.finish((name, o.body, o.content_type, o.failed) for name, o in ready)
+        self.store.finish([(name, o.body, o.content_type, o.failed) for name, o in ready if o.value is None])
         self.deliver(ready)

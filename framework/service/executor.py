@@ -81,7 +81,8 @@ class Executor:
         result: Any
         try:
             result = self.worker.execute(action)
-        except Exception as error:  # noqa: BLE001 - the request fails, the service goes on
+        except Exception as error:
+            # whatever it was, the request fails and the service goes on
             user = isinstance(error, FrameworkError) and isinstance(error, ValueError)
             if not user:
                 log.exception("%s failed", type(action).__name__)

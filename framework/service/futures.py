@@ -1,4 +1,4 @@
-"""Futures of requests, on the HTTP thread's event loop: one event per pending request, no polling of anything.
+"""Futures of requests: the one way from the loop's thread to the event loop. One event each, no polling of anything.
 
 Outcomes are in the registry too; here the newest are kept at hand, so that a lost reply can be fetched again.
 """
@@ -7,24 +7,51 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from framework.service.ops import Outcome, RequestError
 from framework.service.store import Store
 
 KEPT_OUTCOMES = 1024
+Tokens = tuple[int, tuple[int, ...]]
 
 
 @dataclass(slots=True, kw_only=True)
 class Futures:
-    """All methods run on the event loop."""
+    """``deliver`` and ``stream`` are called by the loop's thread, the other methods on the event loop."""
 
     store: Store
+    loop: asyncio.AbstractEventLoop | None = None
+    """Set when the HTTP server starts; until then nobody waits."""
     pending: dict[str, tuple[str, str, asyncio.Event]] = field(default_factory=dict)
     """(owner, tenant, event) by request id."""
     waiting: Counter[str] = field(default_factory=Counter)
     """Pending requests of each tenant."""
     recent: OrderedDict[str, tuple[str, Outcome]] = field(default_factory=OrderedDict)
+
+    streams: dict[str, asyncio.Queue[Tokens | None]] = field(default_factory=dict)
+    """New tokens of samples that somebody reads as they come."""
+
+    def deliver(self, outcomes: list[tuple[str, Outcome]]) -> None:
+        """Hands over outcomes that are in the registry."""
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.resolve, outcomes)
+
+    def stream(self, request_id: str, index: int, tokens: tuple[int, ...]) -> None:
+        """Hands over new tokens of one completion of a sample."""
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._stream, request_id, (index, tokens))
+
+    def _stream(self, request_id: str, item: Tokens | None) -> None:
+        if request_id in self.streams:
+            self.streams[request_id].put_nowait(item)
+
+    async def tokens(self, request_id: str) -> AsyncIterator[Tokens]:
+        """(completion's index, new tokens) as they come, until the sample ends."""
+        queue = self.streams[request_id]
+        while (item := await queue.get()) is not None:
+            yield item
 
     def open(self, request_id: str, owner: str, tenant: str) -> None:
         """A request was accepted."""
@@ -43,6 +70,7 @@ class Futures:
                 del self.waiting[tenant]
             self.recent[request_id] = (owner, outcome)
             event.set()
+            self._stream(request_id, None)
         while len(self.recent) > KEPT_OUTCOMES:
             self.recent.popitem(last=False)
 

@@ -28,6 +28,7 @@ from framework.service.http import Rates
 from framework.service.keys import Keys
 from framework.service.leader import Leader, Stop
 from framework.service.metrics import Metrics
+from framework.service.recovery import recover
 from framework.service.reports import Reports
 from framework.service.requests import RequestLimits
 from framework.service.scheduler import Scheduler
@@ -39,6 +40,7 @@ from framework.service.worker import WeightSync, Worker
 from framework.trainer.base import Trainer
 
 log = logging.getLogger(__name__)
+HEARTBEAT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +70,26 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         engine_slots=backend.engine.max_adapters,
         snapshot_after_s=config.snapshot_after_s,
         gap_timeout_s=config.gap_timeout_s,
-        heartbeat_s=30.0,
+        keep_versions=config.keep_versions,
+        session_timeout_s=config.session_timeout_s,
+        outcome_ttl_s=config.outcome_ttl_s,
+        heartbeat_s=HEARTBEAT_S,
         stop_grace_s=config.stop_grace_s,
     )
-    holder: list[Service] = []
+    futures = Futures(store=store)
     board = Board(
         config=loop_config,
         store=store,
         adapters=adapters,
         scheduler=Scheduler(max_in_flight=config.max_in_flight),
-        deliver=lambda outcomes: holder[0].deliver(outcomes),
-        stream=lambda *item: holder[0].stream(*item),
+        deliver=futures.deliver,
+        stream=futures.stream,
     )
     leader = Leader(board=board, reports=Reports(board=board))
     limits = RequestLimits(
         model=ModelLimits(vocab_size=backend.vocab_size, max_tokens=backend.model.context_tokens),
         max_rank=min(config.max_rank, backend.max_lora_rank),
+        tokenizer=backend.model.tokenizer,
     )
     service = Service(
         config=config,
@@ -91,13 +97,14 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         limits=limits,
         store=store,
         adapters=Adapters(store=store, paths=paths),
-        futures=Futures(store=store),
+        futures=futures,
         keys=Keys(store=store, auth=config.auth),
         rates=Rates(per_s=config.max_requests_per_s),
         metrics=Metrics(),
         post=leader.inbox.put,
     )
-    holder.append(service)
+    repeated, pending = recover(board, futures, limits)
+    log.info("registry opened", extra={"to_repeat": repeated, "pending": pending})
     return service, leader
 
 

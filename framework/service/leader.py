@@ -13,7 +13,8 @@ from typing import Any
 
 from framework.engine.base import StepOutput
 from framework.service.adapters import Adapter, checkpoint_path
-from framework.service.board import Board
+from framework.service.board import Board, Sampling
+from framework.service.housekeeping import sweep
 from framework.service.ops import (
     CreateAdapter,
     LoadState,
@@ -56,6 +57,7 @@ class Stop:
 
 
 Message = Entry | Cancel | Stop
+SWEEP_EVERY_S = 30.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,8 +67,8 @@ class Leader:
     board: Board
     reports: Reports
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
-    aborts: list[str] = field(default_factory=list)
     stop_at: float | None = None
+    sweep_at: float = 0.0
 
     def report(self, plan: Plan, results: list[Any], seconds: list[float]) -> None:
         """What became of the actions of a plan."""
@@ -82,10 +84,13 @@ class Leader:
         while True:
             now = time.monotonic()
             self._close_gaps(now)
+            if now > self.sweep_at:
+                self.sweep_at = now + SWEEP_EVERY_S
+                sweep(self.board)
             if self.stop_at is not None and (self._quiet() or now > self.stop_at):
                 return self._last_plan()
-            actions: list[Action] = [Abort(engine_ids=tuple(self.aborts))] if self.aborts else []
-            self.aborts.clear()
+            actions: list[Action] = [Abort(engine_ids=tuple(self.board.aborts))] if self.board.aborts else []
+            self.board.aborts.clear()
             decision = self.board.scheduler.next_decision(now, resident=self._resident, blocked=self._blocked())
             if decision.wants_slot is not None:
                 actions += self._load_version(decision.wants_slot)
@@ -125,11 +130,11 @@ class Leader:
         if isinstance(message, Stop):
             self.stop_at = time.monotonic() + self.board.config.stop_grace_s
         elif isinstance(message, Cancel):
-            self.aborts += self.reports.drop_sample(message.request_id)
+            self.board.aborts += self.reports.drop_sample(message.request_id, "cancelled", "user")
         else:
             self.board.scheduler.add(message, time.monotonic())
             if isinstance(message.op, Sample):
-                self.board.sampling[message.request_id] = {}
+                self.board.sampling[message.request_id] = Sampling(entry=message)
 
     def _quiet(self) -> bool:
         """Nothing is in the middle of something."""
@@ -166,8 +171,7 @@ class Leader:
         for name, waiting in self.board.scheduler.queues.items():
             if not waiting.ready or waiting.ready[0].started:
                 continue
-            op = waiting.ready[0].op
-            pushes = isinstance(op, Publish | SaveCheckpoint) or (isinstance(op, OptimStep) and op.publish)
+            pushes = isinstance(waiting.ready[0].op, CreateAdapter | OptimStep | LoadState | Publish | SaveCheckpoint)
             if self.stop_at is not None or (pushes and self._free_engine_slot(dry=True) is None):
                 held.add(name)
         return frozenset(held)
@@ -205,7 +209,9 @@ class Leader:
             if op.version is not None:
                 self.board.engine_slots.use(op.version)
             self.board.parts[part.engine_id] = part
-            actions.append(Submit(engine_id=part.engine_id, prompt=op.prompt, sampling=sampling, key=op.version))
+            actions.append(
+                Submit(engine_id=part.engine_id, prompt=op.prompt, sampling=sampling, key=op.version, stream=op.stream)
+            )
         self.board.scheduler.started(parts, now)
         return actions
 
@@ -216,7 +222,8 @@ class Leader:
             RequestError: it cannot run at all.
         """
         op, adapter_id = entry.op, entry.adapter_id
-        assert adapter_id is not None and not isinstance(op, Sample)
+        assert adapter_id is not None
+        assert not isinstance(op, Sample)
         if isinstance(op, Refuse):
             raise RequestError(op.message)
         adapter = self.board.adapters.get(adapter_id)
@@ -262,25 +269,27 @@ class Leader:
         assert not isinstance(op, Sample | Refuse)
         run = Run(request_id=entry.request_id, adapter_id=adapter.adapter_id, op=None if entry.started else op)
         if isinstance(op, CreateAdapter | LoadState) and op.source is not None:
-            source = self.board.adapters.checkpoint(op.source, adapter.owner, kind="weights")
-            return replace(run, folder=source["info"]["folder"])
+            run = replace(run, source=self._source(op.source, adapter.owner))
         if isinstance(op, SaveCheckpoint) and not op.overwrite:
             path = checkpoint_path(adapter.adapter_id, op.kind, op.name)
             if self.board.store.one("SELECT 1 FROM checkpoints WHERE path=?", path):
                 raise RequestError(f"checkpoint {path} already exists; give another name or overwrite it")
         if isinstance(op, SaveCheckpoint) and op.kind != "sampler_weights":
             return replace(run, folder=str(paths.new_checkpoint(adapter.adapter_id, op.kind, op.name)))
-        if isinstance(op, OptimStep) and op.publish:
-            key = (adapter.adapter_id, adapter.version + 1)
-            peft = str(paths.peft(adapter.adapter_id))
-            return replace(run, folder=str(paths.version(key)), publish_as=key, peft_folder=peft)
-        if isinstance(op, Publish | SaveCheckpoint):
-            key = (adapter.adapter_id, adapter.version)
-            if not self.board.adapters.has_version(key):
-                return replace(run, folder=str(paths.version(key)), publish_as=key)
-        if isinstance(op, CreateAdapter) and adapter.simple:
-            return replace(run, peft_folder=str(paths.peft(adapter.adapter_id)))
-        return run
+        if adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState):
+            run = replace(run, peft_folder=str(paths.peft(adapter.adapter_id)))
+        elif not isinstance(op, Publish | SaveCheckpoint):
+            return run
+        changed = isinstance(op, OptimStep | LoadState)
+        key = (adapter.adapter_id, adapter.version + changed)
+        if entry.replay or (not changed and self.board.adapters.has_version(key)):
+            return run
+        return replace(run, folder=str(paths.version(key)), publish_as=key)
+
+    def _source(self, source: str, owner: str) -> str:
+        if not source.startswith("tinker://"):
+            return source
+        return str(self.board.adapters.checkpoint(source, owner, kind="weights")["info"]["folder"])
 
     def _snapshot(self, adapter: Adapter, *, evict: bool) -> Snapshot:
         if not adapter.unsaved_s and adapter.snapshot is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from framework.batching import Example
 from framework.errors import FrameworkError
@@ -34,9 +34,11 @@ class RequestError(FrameworkError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSpec:
-    """A loss by name, with its numbers, as :func:`framework.service.losses.build_loss` takes it."""
+    """A loss by name, as :func:`framework.algorithms.tinker.tinker_loss` takes it."""
 
     name: str
+    fields: tuple[str, ...] = ()
+    """What the examples carry besides targets and weights."""
     config: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -47,7 +49,7 @@ class CreateAdapter:
     spec: LoraSpec
     seed: int
     source: str | None = None
-    """``tinker://`` path whose weights it starts from."""
+    """``tinker://`` path of a checkpoint whose weights it starts from, or a PEFT folder the service has checked."""
     optimizer: bool = False
     """Also take the checkpoint's Adam moments and step count."""
 
@@ -70,8 +72,6 @@ class TrainBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
     params: AdamParams
-    publish: bool = False
-    """Also make the new weights the newest version and write the PEFT folder (the simple client's contract)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,3 +137,5 @@ class Outcome:
     body: bytes
     content_type: str
     failed: bool = False
+    value: Any = None
+    """For routes that answer at once: the result itself. Such outcomes are not kept in the registry."""

@@ -62,7 +62,9 @@ class Run:
     op: AdapterOp | None
     """None after the first quantum: the ranks still have it."""
     folder: str | None = None
-    """Where a Publish or SaveCheckpoint writes, where a LoadState or CreateAdapter reads."""
+    """Where it writes a version or a checkpoint."""
+    source: str | None = None
+    """Where a LoadState or CreateAdapter reads."""
     publish_as: VersionKey | None = None
     """The version the weights become in the engine, when they are not a version yet."""
     peft_folder: str | None = None
@@ -77,6 +79,7 @@ class Submit:
     prompt: Prompt
     sampling: SamplingParams
     key: VersionKey | None
+    stream: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

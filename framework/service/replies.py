@@ -50,7 +50,8 @@ def _saved(entry: Entry, result: None) -> Outcome:
     op = entry.op
     if isinstance(op, Publish):
         return json_outcome({"type": entry.kind, "path": None, "sampling_session_id": op.sampling_session_id})
-    assert isinstance(op, SaveCheckpoint) and entry.adapter_id is not None
+    assert isinstance(op, SaveCheckpoint)
+    assert entry.adapter_id is not None
     return json_outcome({"type": entry.kind, "path": checkpoint_path(entry.adapter_id, op.kind, op.name)})
 
 
@@ -71,6 +72,23 @@ def _sampled(entry: Entry, result: tuple[Completion, ...]) -> Outcome:
     return Outcome(body=body, content_type=wire.PROTOBUF)
 
 
+def _simple_created(entry: Entry, result: None) -> Outcome:
+    return json_outcome({"model_id": entry.adapter_id})
+
+
+def _simple_trained(entry: Entry, result: TrainedBatch) -> Outcome:
+    logprobs = [[round(float(value), 6) for value in values] for values in result.logprobs]
+    return json_outcome({"model_id": entry.adapter_id, "loss": result.loss, "logprobs": logprobs})
+
+
+def _simple_stepped(entry: Entry, result: OptimResult) -> Outcome:
+    return json_outcome({"model_id": entry.adapter_id, "step": result.step, "grad_norm": result.grad_norm})
+
+
+def _direct(entry: Entry, result: Any) -> Outcome:
+    return Outcome(body=b"", content_type="", value=result if result is not None else True)
+
+
 REPLIES: dict[str, Callable[[Entry, Any], Outcome]] = {
     "create_model": _created,
     "forward_backward": _trained,
@@ -80,4 +98,9 @@ REPLIES: dict[str, Callable[[Entry, Any], Outcome]] = {
     "save_weights_external": _saved,
     "load_weights": _loaded,
     "sample": _sampled,
+    "direct": _direct,
+    "simple.create_model": _simple_created,
+    "simple.forward_backward": _simple_trained,
+    "simple.optim_step": _simple_stepped,
+    "simple.remove": _simple_created,
 }

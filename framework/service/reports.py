@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,11 +61,11 @@ class Reports:
             part = self._left_engine(engine_id)
             if part is None:
                 continue
-            entry = part.entry
-            done = board.sampling[entry.request_id]
+            entry, op = part.entry, part.entry.op
+            assert isinstance(op, Sample)
+            done = board.sampling[entry.request_id].done
             done[part.index] = completion
-            assert isinstance(entry.op, Sample)
-            if len(done) == entry.op.num_samples:
+            if len(done) == op.num_samples:
                 del board.sampling[entry.request_id]
                 board.resolve(entry, reply(entry, tuple(done[index] for index in sorted(done))))
         board.flush()
@@ -79,23 +80,25 @@ class Reports:
             self.board.engine_slots.release(part.entry.op.version)
         return part
 
-    def drop_sample(self, request_id: str) -> list[str]:
-        """Forgets a sample; returns the engine ids of its completions that are in the engine."""
-        self.board.sampling.pop(request_id, None)
-        self.board.scheduler.cancel(request_id)
-        flying = [engine_id for engine_id, part in self.board.parts.items() if part.entry.request_id == request_id]
+    def drop_sample(self, request_id: str, message: str, category: str) -> list[str]:
+        """Fails a sample that is under way; returns the engine ids of its completions that are in the engine."""
+        board = self.board
+        sampling = board.sampling.pop(request_id, None)
+        if sampling is None:
+            return []
+        board.scheduler.cancel(request_id)
+        flying = [engine_id for engine_id, part in board.parts.items() if part.entry is sampling.entry]
         for engine_id in flying:
             self._left_engine(engine_id)
+        board.resolve(sampling.entry, failure_reply(message, category))
         return flying
 
     def _submitted(self, action: Submit, result: Any, seconds: float) -> None:
-        if not isinstance(result, Failure):
-            return
-        part = self._left_engine(action.engine_id)
-        if part is not None and part.entry.request_id in self.board.sampling:
-            self.board.sampling.pop(part.entry.request_id)
-            self.board.scheduler.cancel(part.entry.request_id)
-            self.board.resolve(part.entry, failure_reply(result.message, result.category))
+        """A completion that the engine refuses fails its whole sample."""
+        if isinstance(result, Failure):
+            part = self._left_engine(action.engine_id)
+            if part is not None:
+                self.board.aborts += self.drop_sample(part.entry.request_id, result.message, result.category)
 
     def _saved(self, action: Snapshot, result: Any, seconds: float) -> None:
         adapter = self.board.adapters.known[action.adapter_id]
@@ -117,10 +120,8 @@ class Reports:
             return
         self.board.engine_slots.drop(action.key)
         for tenant in self.board.scheduler.tenants.values():
-            waiting = {p.entry.request_id: p.entry for p in tenant.samples if _version(p.entry) == action.key}
-            for request_id, entry in waiting.items():
-                self.drop_sample(request_id)
-                self.board.resolve(entry, failure_reply(result.message, result.category))
+            for request_id in {p.entry.request_id for p in tenant.samples if _version(p.entry) == action.key}:
+                self.drop_sample(request_id, result.message, result.category)
 
     def _ran(self, action: Run, result: Any, seconds: float) -> None:
         board = self.board
@@ -137,7 +138,7 @@ class Reports:
             self._failed(entry, adapter, action, result)
             return
         op = entry.op
-        if isinstance(op, OptimStep | LoadState) or (isinstance(op, CreateAdapter) and op.source is not None):
+        if isinstance(op, OptimStep | LoadState):
             adapter.version += 1
         if isinstance(op, LoadState) or (isinstance(op, CreateAdapter) and op.source is not None):
             adapter.unsaved_s = float("inf")  # what it was loaded from may be deleted: save it before anything else
@@ -195,9 +196,15 @@ class Reports:
         )
 
     def removed(self, adapter: Adapter) -> None:
-        """Its rows stay for the checkpoints that name it; its state is gone."""
+        """Its row stays for the checkpoints that name it; its state is gone, its versions go when nothing pins them."""
         adapter.removed = True
-        self.board.store.write("UPDATE adapters SET removed=1 WHERE adapter_id=?", adapter.adapter_id)
+        store, paths = self.board.store, self.board.adapters.paths
+        with store.transaction():
+            store.write("UPDATE adapters SET removed=1, snapshot=NULL WHERE adapter_id=?", adapter.adapter_id)
+            store.forget_payloads(adapter.adapter_id, adapter.executed_seq + 1)
+        for folder in (adapter.snapshot, paths.peft(adapter.adapter_id) if adapter.simple else None):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _version(entry: Entry) -> VersionKey | None:

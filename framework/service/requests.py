@@ -23,9 +23,11 @@ from framework.service.ops import (
     LoadState,
     OptimStep,
     Publish,
+    RemoveAdapter,
     RequestError,
     Sample,
     SaveCheckpoint,
+    TrainBatch,
 )
 from framework.types import AdamParams, Prompt, SamplingParams
 
@@ -39,6 +41,8 @@ class RequestLimits:
 
     model: wire.ModelLimits
     max_rank: int
+    tokenizer: Any
+    """A transformers tokenizer, for the requests that speak text."""
     max_samples: int = 128
     max_top_logprobs: int = 20
     default_alpha: float = 32.0
@@ -171,6 +175,39 @@ def _load_weights(payload: bytes, limits: RequestLimits) -> LoadState:
     return LoadState(source=path, optimizer=bool(body.get("optimizer", False)))
 
 
+def _simple_batch(payload: bytes, limits: RequestLimits) -> TrainBatch:
+    """The batch of the simple client; text is tokenised here, with no loss on the prompt."""
+    body = body_json(payload)
+    data = body["data"]
+    if len(data) > limits.model.max_datums:
+        raise RequestError(f"the batch has {len(data)} datums; allowed are 1 to {limits.model.max_datums}")
+    datums = [_simple_datum(datum, limits.tokenizer) for datum in data]
+    loss = wire.loss_spec(body.get("loss_fn", "cross_entropy"), body.get("loss_fn_config") or {}, datums[0][1])
+    pairs = [
+        wire.build_example(f"datum {index}", tokens, inputs, loss, limits.model)
+        for index, (tokens, inputs) in enumerate(datums)
+    ]
+    return wire.checked_batch(pairs, loss, limits.model, backward=True)
+
+
+def _simple_datum(datum: Mapping[str, Any], tokenizer: Any) -> tuple[wire.Array, dict[str, wire.Array]]:
+    if datum.get("completion") is not None:
+        prompt = list(tokenizer.encode(datum.get("prompt") or ""))
+        tokens = prompt + list(tokenizer.encode(datum["completion"], add_special_tokens=False))
+        weights = ([0.0] * max(len(prompt), 1) + [1.0] * len(tokens))[1 : len(tokens)]
+        datum = {"input_ids": tokens[:-1], "target_tokens": tokens[1:], "weights": weights}
+    inputs = {
+        key: np.asarray(values, dtype=np.int64 if key == "target_tokens" else np.float32)
+        for key, values in datum.items()
+        if values is not None and key not in ("input_ids", "prompt", "completion")
+    }
+    return np.asarray(datum["input_ids"], dtype=np.int64), inputs
+
+
+def _simple_step(payload: bytes, limits: RequestLimits) -> OptimStep:
+    return OptimStep(params=adam_params(body_json(payload)))
+
+
 _PARSERS: dict[str, Callable[[bytes, RequestLimits], AdapterOp]] = {
     "create_model": _create_model,
     "forward_backward": _forward_backward,
@@ -179,6 +216,9 @@ _PARSERS: dict[str, Callable[[bytes, RequestLimits], AdapterOp]] = {
     "save_weights_for_sampler": _save("sampler_weights"),
     "save_weights_external": _save("external_weights"),
     "load_weights": _load_weights,
+    "simple.forward_backward": _simple_batch,
+    "simple.optim_step": _simple_step,
+    "simple.remove": lambda payload, limits: RemoveAdapter(),
 }
 
 
@@ -191,11 +231,10 @@ def parse_sample(body: Mapping[str, Any], version: tuple[str, int] | None, limit
     for key in ("target_prompt_logprobs", "prompt_alt_tokens_k"):
         if body.get(key):
             raise RequestError(f"{key} is not supported by this server")
-    tokens = np.asarray(_prompt_tokens(body.get("prompt")), dtype=np.int64)
-    wire.check_tokens("prompt", tokens, limits.model)
-    room = limits.model.max_tokens - len(tokens)
-    if room < 1:
-        raise RequestError(f"the prompt has {len(tokens)} tokens and leaves no room in {limits.model.max_tokens}")
+    tokens = _prompt_tokens(body.get("prompt"))
+    room = wire.check_tokens("prompt", tokens, limits.model)
+    if not room:
+        raise RequestError(f"the prompt fills the context of {limits.model.max_tokens} tokens")
     last_n = body.get("prompt_logprobs_last_n")
     params = body.get("sampling_params") or {}
     top_prompt = integer(body, "topk_prompt_logprobs", 0, 0, limits.max_top_logprobs)
@@ -211,7 +250,7 @@ def parse_sample(body: Mapping[str, Any], version: tuple[str, int] | None, limit
         top_prompt_logprobs=top_prompt,
     )
     return Sample(
-        prompt=Prompt(token_ids=tuple(tokens.tolist())),
+        prompt=Prompt(token_ids=tuple(tokens)),
         sampling=sampling,
         num_samples=integer(body, "num_samples", 1, 1, limits.max_samples),
         version=version,
@@ -247,6 +286,4 @@ def _prompt_tokens(prompt: Any) -> list[int]:
         if not isinstance(part, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in part):
             raise RequestError("prompt.chunks[].tokens must be a list of integers")
         tokens.extend(part)
-    if any(abs(token) > 1 << 40 for token in tokens):
-        raise RequestError("prompt.chunks[].tokens has a number that is no token")
     return tokens

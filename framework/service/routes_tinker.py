@@ -241,13 +241,12 @@ async def load_weights(body: LoadWeights, request: Request, svc: Svc, who: Who) 
     checkpoint = svc.adapters.checkpoint(body.path, who.owner, kind="weights")
     source = svc.store.one("SELECT spec FROM adapters WHERE adapter_id=?", checkpoint["adapter_id"])
     assert source is not None, "adapters' rows outlive their checkpoints"
-    op = CreateAdapter(
-        spec=spec_from_json(source["spec"]), seed=0, source=body.path, optimizer=body.optimizer
-    )
+    op = CreateAdapter(spec=spec_from_json(source["spec"]), seed=0, source=body.path, optimizer=body.optimizer)
     adapter_id = f"{body.session_id}:train:{body.model_seq_id}"
     request_id = svc.create_adapter(
         adapter_id=adapter_id, op=op, kind="load_weights", payload=payload, owner=who.owner,
-        session_id=body.session_id, info={"user_metadata": body.user_metadata},
+        session_id=body.session_id,
+        info={"user_metadata": body.user_metadata, "source": body.path, "optimizer": body.optimizer},
     )  # fmt: skip
     return JSONResponse({"request_id": request_id, "model_id": adapter_id})
 

@@ -7,23 +7,26 @@ and in :meth:`Service.deliver`.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from framework.service.adapters import Adapters, spec_to_json
-from framework.service.futures import Futures
+from framework.service.futures import Futures, Tokens
 from framework.service.leader import Cancel, Message
 from framework.service.metrics import Metrics
-from framework.service.ops import AdapterOp, CreateAdapter, Outcome, Refuse, RequestError, Sample
+from framework.service.ops import AdapterOp, CreateAdapter, Outcome, Publish, Refuse, RequestError, Sample
 from framework.service.plan import VersionKey
 from framework.service.replies import failure_reply
 from framework.service.requests import RequestLimits, parse
 from framework.service.scheduler import Entry
 from framework.service.settings import ServiceConfig
 from framework.service.store import Store
+from framework.types import Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,44 @@ class Caller:
     admin: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """A streaming sample."""
+
+    futures: Futures
+    request_id: str
+    owner: str
+
+    def tokens(self) -> AsyncIterator[Tokens]:
+        """(completion's index, new tokens) as they come."""
+        return self.futures.tokens(self.request_id)
+
+    async def outcome(self) -> Outcome:
+        """How it ended; at once after the last tokens."""
+        outcome = await self.futures.wait(self.request_id, self.owner, 60.0)
+        assert outcome is not None, "the stream of tokens ends with the outcome"
+        return outcome
+
+
+def _value_of(outcome: Outcome) -> Any:
+    """The result of a direct request; its failure becomes a RequestError."""
+    if outcome.failed:
+        failure = json.loads(outcome.body)
+        raise RequestError(failure["error"], status=400 if failure["category"] == "user" else 500)
+    return outcome.value
+
+
+async def _unless_gone(work: asyncio.Future[Any], gone: Callable[[], Awaitable[bool]]) -> Any:
+    """The result of ``work``; it is cancelled when ``gone`` says that the client has left."""
+    while True:
+        done, _ = await asyncio.wait([work], timeout=1.0)
+        if done:
+            return work.result()
+        if await gone():
+            work.cancel()
+            raise RequestError("the client closed the connection", status=499)
+
+
 @dataclass(slots=True, kw_only=True)
 class Service:
     """One per process, on rank 0."""
@@ -69,33 +110,8 @@ class Service:
     metrics: Metrics
     post: Any
     """``leader.inbox.put``."""
-    loop: asyncio.AbstractEventLoop | None = None
-    streams: dict[str, asyncio.Queue[tuple[int, tuple[int, ...]] | None]] = field(default_factory=dict)
     stopping: bool = False
     started: float = field(default_factory=time.time)
-
-    # ---- called by the executor's thread
-
-    def deliver(self, outcomes: list[tuple[str, Outcome]]) -> None:
-        """Hands outcomes that are in the registry to the event loop."""
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._resolve, outcomes)
-
-    def stream(self, request_id: str, index: int, tokens: tuple[int, ...]) -> None:
-        """Hands new tokens of a streaming sample to the event loop."""
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._stream, request_id, (index, tokens))
-
-    def _resolve(self, outcomes: list[tuple[str, Outcome]]) -> None:
-        self.futures.resolve(outcomes)
-        for request_id, _ in outcomes:
-            self._stream(request_id, None)
-
-    def _stream(self, request_id: str, item: tuple[int, tuple[int, ...]] | None) -> None:
-        if request_id in self.streams:
-            self.streams[request_id].put_nowait(item)
-
-    # ---- called by routes
 
     def create_adapter(
         self,
@@ -216,18 +232,76 @@ class Service:
         """Nobody waits for this sample any more."""
         self.post(Cancel(request_id=request_id))
 
+    async def resolve_model(self, name: str, caller: Caller) -> VersionKey | None:
+        """The version that ``base``, an adapter or ``adapter@version`` stands for; None is the base model.
+
+        An adapter that has no version yet gets one of its current weights.
+
+        Raises:
+            RequestError: unknown, another owner's, or a version that is not kept: 404.
+        """
+        if name in (self.model.name, *self.model.aliases):
+            return None
+        adapter_id, at, number = name.rpartition("@")
+        if not at:
+            adapter_id = name
+        row = self.own_adapter(adapter_id, caller)
+        if at:
+            key = (adapter_id, int(number) if number.isdecimal() and len(number) < 19 else -1)
+            if not self.adapters.has_version(key):
+                raise RequestError(f"model {adapter_id!r} has no version {number!r}; see /v1/models", status=404)
+            return key
+        newest = self.adapters.newest_version(adapter_id)
+        if newest is None:
+            request_id = self._direct(Publish(), row["owner"], row["tenant"], adapter_id)
+            _value_of(await self.wait(request_id, row["owner"]))
+            newest = self.adapters.newest_version(adapter_id)
+            assert newest is not None, "it was just published"
+        return newest
+
+    def _direct(self, op: AdapterOp | Sample, owner: str, tenant: str, adapter_id: str | None = None) -> str:
+        """Queues what a route waits for itself; it is not in the registry and does not outlive the process."""
+        if self.stopping:
+            raise RequestError("the server is stopping; try again", status=503)
+        self._check_queue(tenant)
+        request_id = f"direct-{uuid.uuid4()}"
+        self._enqueue(request_id, "direct", owner, tenant, op, adapter_id, None)
+        return request_id
+
+    def _sampling_tenant(self, op: Sample, caller: Caller) -> str:
+        return self.tenant(caller.owner, "base" if op.version is None else op.version[0])
+
+    async def sample_now(
+        self, ops: Sequence[Sample], caller: Caller, gone: Callable[[], Awaitable[bool]]
+    ) -> list[tuple[Completion, ...]]:
+        """Completions of each op, in order; stops sampling when the client is gone."""
+        ids = [self._direct(op, caller.owner, self._sampling_tenant(op, caller)) for op in ops]
+        try:
+            outcomes = await _unless_gone(asyncio.gather(*(self.wait(i, caller.owner) for i in ids)), gone)
+        except BaseException:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
+        return [_value_of(outcome) for outcome in outcomes]
+
+    @asynccontextmanager
+    async def sample_stream(self, op: Sample, caller: Caller) -> AsyncIterator[Flow]:
+        """A sample whose tokens are read as they come; leaving early stops it."""
+        request_id = self._direct(op, caller.owner, self._sampling_tenant(op, caller))
+        self.futures.streams[request_id] = asyncio.Queue()
+        try:
+            yield Flow(futures=self.futures, request_id=request_id, owner=caller.owner)
+        finally:
+            del self.futures.streams[request_id]
+            if request_id in self.futures.pending:
+                self.cancel(request_id)
+
     async def wait(self, request_id: str, owner: str) -> Outcome:
         """The outcome of a request, however long it takes."""
         while True:
             outcome = await self.futures.wait(request_id, owner, 3600.0)
             if outcome is not None:
                 return outcome
-
-    async def tokens(self, request_id: str) -> AsyncIterator[tuple[int, tuple[int, ...]]]:
-        """(sample index, new tokens) of a streaming sample until it ends."""
-        queue = self.streams[request_id]
-        while (item := await queue.get()) is not None:
-            yield item
 
     def own_adapter(self, adapter_id: str, caller: Caller) -> dict[str, Any]:
         """The registry's row of an adapter of the caller's.
@@ -288,9 +362,7 @@ class Service:
         seq: int | None,
     ) -> None:
         self.futures.open(request_id, owner, tenant)
-        message: Message = Entry(
-            request_id=request_id, kind=kind, tenant=tenant, op=op, adapter_id=adapter_id, seq=seq
-        )
+        message: Message = Entry(request_id=request_id, kind=kind, tenant=tenant, op=op, adapter_id=adapter_id, seq=seq)
         self.post(message)
 
     def version_of_sampler(self, sampler_id: str, caller: Caller) -> tuple[dict[str, Any], VersionKey | None]:

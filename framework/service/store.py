@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,13 +136,16 @@ class Store:
             assert known is not None, "an ignored insert means the dedupe key exists"
             return str(known["request_id"])
 
-    def finish(self, outcomes: Iterable[tuple[str, bytes, str, bool]]) -> None:
+    def finish(self, outcomes: Sequence[tuple[str, bytes, str, bool]]) -> None:
         """Writes outcomes down: (request id, body, content type, failed)."""
+        if not outcomes:
+            return
         now = time.time()
         with self.transaction():
             for request_id, body, content_type, failed in outcomes:
                 self.write(
-                    "UPDATE requests SET status=?, body=?, content_type=?, finished=? WHERE request_id=?",
+                    "UPDATE requests SET status=?, body=?, content_type=?, finished=?, "
+                    "payload=CASE WHEN adapter_id IS NULL THEN NULL ELSE payload END WHERE request_id=?",
                     "failed" if failed else "done", body, content_type, now, request_id,
                 )  # fmt: skip
 

@@ -1,15 +1,14 @@
 """Tensors on disk: exact adapter states and engine shards per rank, and PEFT folders. Safetensors only, never pickle.
 
-    <folder>/state-rank0.safetensors      masters, Adam moments, gradient, step count of one rank
-    <folder>/shards-rank0.safetensors     what the engine's slot of one rank holds
-    <folder>/adapter_model.safetensors    whole fp32 factors with PEFT's names
-    <folder>/adapter_config.json
+<folder>/state-rank0.safetensors      masters, Adam moments, gradient, step count of one rank
+<folder>/shards-rank0.safetensors     what the engine's slot of one rank holds
+<folder>/adapter_model.safetensors    whole fp32 factors with PEFT's names
+<folder>/adapter_config.json
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,9 +51,7 @@ def read_shards(folder: Path, rank: int) -> dict[str, LoraShard]:
     return {name: LoraShard(a=tensors[f"{name}.a"], b=tensors[f"{name}.b"]) for name in names}
 
 
-def write_peft(
-    folder: Path, spec: LoraSpec, tensors: Mapping[str, npt.NDArray[np.float32]], base_model: str
-) -> None:
+def write_peft(folder: Path, spec: LoraSpec, tensors: Mapping[str, npt.NDArray[np.float32]], base_model: str) -> None:
     """Writes a folder that ``peft.PeftModel.from_pretrained`` reads; each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -73,10 +70,10 @@ def write_peft(
     named = {_PEFT_PREFIX + name: np.ascontiguousarray(array) for name, array in tensors.items()}
     partial = folder / "adapter_model.safetensors.partial"
     save_numpy(named, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "adapter_model.safetensors")
+    partial.replace(folder / "adapter_model.safetensors")
     partial = folder / "adapter_config.json.partial"
     partial.write_text(json.dumps(config, indent=2))
-    os.replace(partial, folder / "adapter_config.json")
+    partial.replace(folder / "adapter_config.json")
 
 
 def read_peft_spec(folder: Path) -> LoraSpec:
@@ -97,9 +94,7 @@ def read_peft_spec(folder: Path) -> LoraSpec:
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "layers_to_transform"):
         if config.get(key):
             raise CheckpointError(f"{path.name}: {key}={config[key]!r} is not supported")
-    return LoraSpec(
-        rank=rank, alpha=alpha, targets=tuple(targets), use_rslora=bool(config.get("use_rslora", False))
-    )
+    return LoraSpec(rank=rank, alpha=alpha, targets=tuple(targets), use_rslora=bool(config.get("use_rslora", False)))
 
 
 def read_peft(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -124,7 +119,7 @@ def folder_size(folder: Path) -> int:
 def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

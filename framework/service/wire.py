@@ -5,22 +5,26 @@ Parsing takes the limits it checks against; the first thing wrong is a RequestEr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from framework.algorithms.tinker import tinker_loss
 from framework.batching import Example
-from framework.service.losses import LOSSES, loss_spec
-from framework.service.ops import RequestError, TrainBatch
+from framework.errors import ConfigError
+from framework.service.ops import LossSpec, RequestError, TrainBatch
 from framework.service.wire_pb import DTYPES, FLOAT32, MESSAGES, STOP_REASONS
 from framework.types import Completion, TopLogprobs
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
+WIRE_TO_FIELD = {"logprobs": "sampling_logprobs"}
+"""Inputs that have another name inside the house."""
 Array = npt.NDArray[Any]
 
 
@@ -61,10 +65,17 @@ def train_batch(message: Any, limits: ModelLimits) -> TrainBatch:
     config = message.loss_fn_config
     if message.loss_fn_config_v2:
         config = {key: getattr(v, v.WhichOneof("value") or "number") for key, v in message.loss_fn_config_v2.items()}
-    loss = loss_spec(message.loss_fn, dict(config))
     if not 1 <= len(message.data) <= limits.max_datums:
         raise RequestError(f"the batch has {len(message.data)} datums; allowed are 1 to {limits.max_datums}")
-    pairs = [_example(index, datum, loss.name, limits) for index, datum in enumerate(message.data)]
+    loss = loss_spec(message.loss_fn, dict(config), message.data[0].loss_fn_inputs)
+    pairs = [_example(index, datum, loss, limits) for index, datum in enumerate(message.data)]
+    return checked_batch(pairs, loss, limits, backward=not message.forward_only)
+
+
+def checked_batch(
+    pairs: Sequence[tuple[Example, tuple[int, ...]]], loss: LossSpec, limits: ModelLimits, *, backward: bool
+) -> TrainBatch:
+    """The batch, if it is not too large as a whole."""
     total = sum(len(example.input_ids) for example, _ in pairs)
     scored = sum(len(example.scored) for example, _ in pairs)
     if total > limits.max_batch_tokens or scored > limits.max_scored:
@@ -76,43 +87,56 @@ def train_batch(message: Any, limits: ModelLimits) -> TrainBatch:
         examples=tuple(example for example, _ in pairs),
         shapes=tuple(shape for _, shape in pairs),
         loss=loss,
-        backward=not message.forward_only,
+        backward=backward,
     )
 
 
-def _example(index: int, datum: Any, loss_name: str, limits: ModelLimits) -> tuple[Example, tuple[int, ...]]:
+def loss_spec(name: str, config: Mapping[str, float | str], inputs: Collection[str]) -> LossSpec:
+    """The loss of a batch whose datums have these inputs.
+
+    Raises:
+        RequestError: the loss is unknown, an input or key is missing or unknown, or a value is not allowed.
+    """
+    numbers = {key: value for key, value in config.items() if not isinstance(value, str) and isfinite(value)}
+    if len(numbers) < len(config):
+        raise RequestError(f"loss_fn_config={dict(config)}: every value must be a finite number")
+    given = frozenset(WIRE_TO_FIELD.get(key, key) for key in inputs) - {"target_tokens"}
+    try:
+        tinker_loss(name, fields=given, config=numbers)
+    except ConfigError as error:
+        raise RequestError(str(error)) from error
+    return LossSpec(name=name, fields=tuple(sorted(given - {"weights"})), config=numbers)
+
+
+def _example(index: int, datum: Any, loss: LossSpec, limits: ModelLimits) -> tuple[Example, tuple[int, ...]]:
     tokens = chunk_tokens(datum.model_input, f"datum {index}")
     inputs = {name: _tensor(f"datum {index}: {name}", tensor) for name, tensor in datum.loss_fn_inputs.items()}
-    return build_example(f"datum {index}", tokens, inputs, loss_name, limits)
+    return build_example(f"datum {index}", tokens, inputs, loss, limits)
 
 
 def build_example(
-    where: str, tokens: Array, inputs: Mapping[str, Array], loss_name: str, limits: ModelLimits
+    where: str, tokens: Array, inputs: Mapping[str, Array], loss: LossSpec, limits: ModelLimits
 ) -> tuple[Example, tuple[int, ...]]:
     """One datum with the inputs its loss needs, as (position, target) pairs; soft targets repeat a position K times.
 
     Args:
         where: begins every message.
         tokens: ``[N]`` input tokens.
-        inputs: ``target_tokens`` ``[N]`` or ``[N, K]`` and the loss's other inputs, ``[N]`` or as the targets.
-        loss_name: a key of ``LOSSES``.
+        inputs: ``target_tokens`` ``[N]`` or ``[N, K]`` and the loss's other inputs, shaped alike.
+        loss: of the batch.
         limits: of the model.
 
     Returns:
         The example and the shape of its logprobs.
     """
     check_tokens(where, tokens, limits)
-    rule = LOSSES[loss_name]
-    known = {"target_tokens", *rule.required, *rule.optional}
-    missing, unknown = sorted({"target_tokens", *rule.required} - set(inputs)), sorted(set(inputs) - known)
-    if missing or unknown:
-        raise RequestError(
-            f"{where}: loss {loss_name} needs {sorted(known - set(rule.optional))} and may have "
-            f"{list(rule.optional)}; missing {missing}, unknown {unknown}"
-        )
+    inputs = {WIRE_TO_FIELD.get(key, key): value for key, value in inputs.items()}
+    expected = {"target_tokens", *loss.fields}
+    if "target_tokens" not in inputs or set(inputs) - {"weights"} != expected:
+        raise RequestError(f"{where}: has inputs {sorted(inputs)}; this batch's {loss.name} needs {sorted(expected)}")
     targets = inputs["target_tokens"]
     shape = targets.shape
-    soft = targets.ndim == 2 and loss_name == "cross_entropy"
+    soft = targets.ndim == 2 and loss.name == "cross_entropy"
     if shape[:1] != tokens.shape or not (targets.ndim == 1 or soft) or not targets.size:
         raise RequestError(f"{where}: target_tokens has shape {list(shape)} for {len(tokens)} input tokens")
     if targets.dtype.kind != "i":
@@ -141,12 +165,17 @@ def build_example(
     return example, shape
 
 
-def check_tokens(where: str, tokens: Array, limits: ModelLimits) -> None:
-    """Raises RequestError for no token, too many, or one outside the vocabulary."""
+def check_tokens(where: str, tokens: Array | Sequence[int], limits: ModelLimits) -> int:
+    """How many tokens fit behind these.
+
+    Raises:
+        RequestError: there is no token, there are too many, or one is outside the vocabulary.
+    """
     if not 1 <= len(tokens) <= limits.max_tokens:
         raise RequestError(f"{where}: {len(tokens)} tokens; allowed are 1 to {limits.max_tokens}")
-    if tokens.min() < 0 or tokens.max() >= limits.vocab_size:
+    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise RequestError(f"{where}: tokens must lie in [0, {limits.vocab_size})")
+    return limits.max_tokens - len(tokens)
 
 
 def chunk_tokens(chunks: Sequence[Any], where: str) -> npt.NDArray[np.int32]:
@@ -208,9 +237,7 @@ def forward_backward_output(
     return bytes(output.SerializeToString())
 
 
-def sample_response(
-    completions: Sequence[Completion], *, top_k: int, top_prompt_k: int, last_n: int | None
-) -> bytes:
+def sample_response(completions: Sequence[Completion], *, top_k: int, top_prompt_k: int, last_n: int | None) -> bytes:
     """SampleResponse of one prompt's completions; ``last_n`` blanks all but that many of the last prompt logprobs."""
     response = MESSAGES["SampleResponse"]()
     for completion in completions:

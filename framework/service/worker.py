@@ -131,6 +131,7 @@ class Worker:
                 prompt=action.prompt,
                 sampling=action.sampling,
                 adapter=None if action.key is None else self.refs[action.key],
+                stream=action.stream,
             )
         )
 
@@ -157,6 +158,7 @@ class Worker:
         try:
             if op.source is not None:
                 self._load(action, op.optimizer)
+            self._publish(action)
             self._keep_peft(action)
         except Exception:
             self._forget(action.adapter_id)
@@ -182,7 +184,8 @@ class Worker:
 
     def _save(self, action: Run, op: SaveCheckpoint) -> None:
         if op.kind == "sampler_weights":
-            return self._publish(action)
+            self._publish(action)
+            return
         assert action.folder is not None, "a checkpoint has a folder"
         if op.kind == "weights":
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
@@ -199,8 +202,8 @@ class Worker:
 
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
-        assert action.folder is not None, "a checkpoint has a folder"
-        folder, name = Path(action.folder), action.adapter_id
+        assert action.source is not None, "a checkpoint has a folder"
+        folder, name = Path(action.source), action.adapter_id
         if optimizer:
             self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))
         else:

@@ -36,8 +36,9 @@ from framework.service.service import Model, Service
 from framework.service.settings import ServiceConfig
 from framework.service.store import Store
 from framework.service.wire import ModelLimits
-from framework.service.worker import WeightSync, Worker
+from framework.service.worker import Worker
 from framework.trainer.base import Trainer
+from framework.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 20.0

@@ -20,6 +20,7 @@ from framework.service.requests import body_json, ttl_seconds
 from framework.service.routes_tinker import Lenient, Svc, Who
 from framework.service.service import Caller, Service
 from framework.service.store import Store
+from framework.service.worker import PEFT
 
 router = APIRouter(prefix="/api/v1", tags=["tinker checkpoints"])
 Limit = Annotated[int, Query(ge=0, le=1000)]
@@ -175,11 +176,15 @@ async def external_urls(run_id: str, name: str, request: Request, svc: Svc, who:
     row = _owned_checkpoint(svc, run_id, "external_weights", name, who)
     expires = int(time.time()) + LINK_S
     urls = {}
-    for file in sorted(Path(row["info"]["folder"]).iterdir()):
+    for file in sorted(_exported(row)):
         link = request.url_for("download", run_id=run_id, name=name, file=file.name)
         signature = _signature(svc.store, row["path"], file.name, expires)
         urls[file.name] = str(link.include_query_params(expires=expires, signature=signature))
     return {"urls": urls, "expires": _iso(expires)}
+
+
+def _exported(row: dict[str, Any]) -> list[Path]:
+    return list((Path(row["info"]["folder"]) / PEFT).iterdir())
 
 
 @router.get("/download/{run_id}/{name}/{file}")
@@ -190,7 +195,7 @@ async def download(run_id: str, name: str, file: str, expires: int, signature: s
     if expires < time.time() or not hmac.compare_digest(expected.encode(), signature.encode()):
         raise RequestError("this link is wrong or has expired", status=403)
     row = svc.store.one("SELECT info FROM checkpoints WHERE path=?", path)
-    found = None if row is None else next((p for p in Path(row["info"]["folder"]).iterdir() if p.name == file), None)
+    found = None if row is None else next((p for p in _exported(row) if p.name == file), None)
     if found is None:
         raise RequestError("the checkpoint was deleted", status=404)
     return FileResponse(found, filename=file)

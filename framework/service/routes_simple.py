@@ -5,6 +5,7 @@ An adapter made here is a version from its creation and after every optim_step, 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -15,8 +16,8 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from framework.lora.peft_io import load_peft
 from framework.lora.spec import TARGETS, LoraSpec
-from framework.service import tensors
 from framework.service.adapters import NAME
 from framework.service.ops import CreateAdapter, RequestError, Sample
 from framework.service.requests import stop_params
@@ -46,7 +47,7 @@ class AddLora(Strict):
 
 
 class SimpleDatum(Strict):
-    """Text (``prompt`` and ``completion``), or tokens that are already shifted (``input_ids`` and the loss's inputs)."""
+    """Text (``prompt``, ``completion``), or tokens already shifted (``input_ids`` and the inputs of the loss)."""
 
     prompt: str | None = None
     completion: str | None = None
@@ -124,7 +125,7 @@ async def add_lora(body: AddLora, request: Request, svc: Svc, who: Who, key: Key
 async def register_lora_adapter(body: RegisterLora, request: Request, svc: Svc, who: Who) -> Response:
     """An adapter that exists as a PEFT folder below the data directory or the adapters' directory."""
     folder = _inside(svc, body.lora_path)
-    spec = tensors.read_peft_spec(folder)
+    spec, _ = await asyncio.to_thread(load_peft, folder)
     if spec.rank > svc.limits.max_rank:
         raise RequestError(f"the adapter has rank {spec.rank}, this server takes at most {svc.limits.max_rank}")
     op = CreateAdapter(spec=spec, seed=0, source=str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from torch import Tensor
 from framework.algorithms.base import LossFn, LossInputs
 from framework.batching import Batch, Microbatch, pack
 from framework.engine.base import RolloutEngine, SampleRequest
+from framework.lora.peft_io import CONFIG_FILE, load_peft, save_peft
 from framework.service import tensors
 from framework.service.losses import build_loss
 from framework.service.ops import (
@@ -42,17 +43,10 @@ from framework.service.plan import (
 )
 from framework.trainer.base import Trainer
 from framework.types import AdapterRef
+from framework.weight_sync import WeightSync, check_delivery, content_hash
 
-FIRST_RELOADED_ID = 1 << 30
-"""Engine ids of versions that come back after a restart count from here; WeightSync's own count from 1."""
-
-
-class WeightSync(Protocol):
-    """What the service needs of ``framework.weight_sync``."""
-
-    def push(self, name: str) -> AdapterRef: ...
-
-    def unload(self, ref: AdapterRef) -> None: ...
+PEFT = "peft"
+"""Folder of the PEFT files inside a checkpoint's."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +79,6 @@ class Worker:
     running: dict[str, RunningBatch] = field(default_factory=dict)
     clean: set[str] = field(default_factory=set)
     """Adapters known to have a zero gradient."""
-    reloaded: int = 0
 
     def execute(self, action: Action) -> Any:
         """Runs one action; raises what the trainer or engine raises."""
@@ -93,7 +86,7 @@ class Worker:
             Restore: self._restore,
             Snapshot: self._snapshot,
             LoadVersion: self._load_version,
-            UnloadVersion: lambda a: self.weight_sync.unload(self.refs[a.key]),
+            UnloadVersion: lambda a: self.engine.unload_adapter(self.refs[a.key]),
             Submit: self._submit,
             Abort: lambda a: self.engine.abort(a.engine_ids),
             Run: self._run,
@@ -116,12 +109,14 @@ class Worker:
         self.clean.discard(name)
 
     def _load_version(self, action: LoadVersion) -> None:
+        """Back into a slot, read back and compared, as when it was pushed."""
         shards = tensors.read_shards(Path(action.folder), self.tp_rank)
         ref = self.refs.get(action.key)
-        if ref is None:
-            self.reloaded += 1
-            ref = AdapterRef(name=action.key[0], version=FIRST_RELOADED_ID + self.reloaded, content_hash="")
+        if ref is None:  # it was pushed before a restart
+            version = self.weight_sync.versions.next()
+            ref = AdapterRef(name=action.key[0], version=version, content_hash=content_hash(shards))
         self.engine.load_adapter(ref, action.spec, shards)
+        check_delivery(ref, action.spec, shards, self.engine.read_adapter(ref))
         self.refs[action.key] = ref
 
     def _submit(self, action: Submit) -> None:
@@ -178,7 +173,7 @@ class Worker:
         if action.publish_as is None:
             return
         assert action.folder is not None, "a new version has a folder"
-        self.refs[action.publish_as] = self.weight_sync.push(action.adapter_id)
+        self.refs[action.publish_as] = self.weight_sync.publish(action.adapter_id)
         shards = self.trainer.adapter_shards(action.adapter_id)
         tensors.write_shards(Path(action.folder), self.tp_rank, shards)
 
@@ -189,7 +184,7 @@ class Worker:
         assert action.folder is not None, "a checkpoint has a folder"
         if op.kind == "weights":
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
-        self._write_peft(action.adapter_id, Path(action.folder))
+        self._write_peft(action.adapter_id, Path(action.folder) / PEFT)
 
     def _keep_peft(self, action: Run) -> None:
         if action.peft_folder is not None:
@@ -198,7 +193,8 @@ class Worker:
     def _write_peft(self, name: str, folder: Path) -> None:
         whole = self.trainer.export_adapter(name)
         if self.tp_rank == 0:
-            tensors.write_peft(folder, self.trainer.adapters()[name], whole, self.base_model)
+            spec = self.trainer.adapters()[name]
+            save_peft(folder, spec=spec, tensors=whole, base_model=self.base_model, dtype=torch.float32)
 
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
@@ -207,7 +203,9 @@ class Worker:
         if optimizer:
             self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))
         else:
-            self.trainer.import_adapter(name, tensors.read_peft(folder))
+            self.trainer.import_adapter(
+                name, load_peft(folder if (folder / CONFIG_FILE).is_file() else folder / PEFT)[1]
+            )
         self.trainer.zero_grad(name)
         self.clean.add(name)
 

@@ -14,6 +14,7 @@ Everything is one flat vector, ordered so that what must be reduced and what mus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -157,6 +158,9 @@ class AdapterState:
         if self.mesh.tp_size > 1:
             dist.all_reduce(self.grad[self._replicated], group=self.mesh.tp_group)
         norm = self._grad_norm()
+        if not math.isfinite(norm):
+            self.grad.zero_()
+            return OptimResult(grad_norm=norm, step=self.step)
         if params.max_grad_norm > 0.0 and norm > params.max_grad_norm:
             self.grad.mul_(params.max_grad_norm / (norm + 1e-6))
         self.step += 1

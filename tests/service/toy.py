@@ -1,8 +1,8 @@
 """A toy trainer and engine that really train and really sample, in milliseconds: a bigram model over ASCII.
 
-logits(next | x) = W[:, x] + scale * (B A)[:, x]. The trainer owns A and B per adapter, with torch autograd and AdamW;
-the engine samples from whatever factors were pushed into its slots. Nothing is canned, so train, push, sample is
-observable, and a version that is mixed up shows in the numbers.
+logits(next | x) = W[:, x] + scale * sum over targets of (B A)[:, x]. The trainer owns A and B per adapter and target,
+with torch autograd and AdamW; the engine samples from whatever factors were pushed into its slots. Nothing is canned,
+so train, push, sample is observable, and a version that is mixed up shows in the numbers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from framework.service.launch import Backend
 from framework.service.service import Model
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
 from framework.types import AdamParams, AdapterRef, Completion
+from framework.weight_sync import VersionCounter, WeightSync
 
 VOCAB = 128
 EOS = 0
 CONTEXT = 512
-MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def module(target: str) -> str:
+    """Path of a projection, as a one-layer model would have it."""
+    return f"model.layers.0.{'mlp' if target in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{target}"
 
 
 def base_table() -> Tensor:
@@ -43,6 +48,16 @@ class ToyAdapter:
     spec: LoraSpec
     tensors: dict[str, Tensor]
     """a, b, their Adam moments and gradients, and the step count."""
+
+
+def factor_names(spec: LoraSpec) -> list[str]:
+    """Keys of the factors in an adapter's tensors."""
+    return [f"{target}.{kind}" for target in spec.targets for kind in "ab"]
+
+
+def _peft_name(key: str) -> str:
+    target, kind = key.split(".")
+    return f"{module(target)}.lora_{kind.upper()}.weight"
 
 
 class ToyTrainer:
@@ -59,10 +74,11 @@ class ToyTrainer:
         if name in self.loaded:
             raise AdapterError(f"the trainer already has an adapter named {name!r}")
         generator = torch.Generator().manual_seed(seed)
-        a = (torch.rand(spec.rank, VOCAB, generator=generator) - 0.5) * 0.2
-        b = torch.zeros(VOCAB, spec.rank)
-        tensors = {"a": a, "b": b, "step": torch.zeros(1)}
-        for key in ("a", "b"):
+        tensors = {"step": torch.zeros(1)}
+        for target in spec.targets:
+            tensors[f"{target}.a"] = (torch.rand(spec.rank, VOCAB, generator=generator) - 0.5) * 0.2
+            tensors[f"{target}.b"] = torch.zeros(VOCAB, spec.rank)
+        for key in factor_names(spec):
             for kind in ("grad", "m", "v"):
                 tensors[f"{key}.{kind}"] = torch.zeros_like(tensors[key])
         self.loaded[name] = ToyAdapter(spec=spec, tensors=tensors)
@@ -73,23 +89,27 @@ class ToyTrainer:
     def adapters(self) -> Mapping[str, LoraSpec]:
         return {name: adapter.spec for name, adapter in self.loaded.items()}
 
-    def _logprobs(self, microbatch: Microbatch, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, microbatch: Microbatch, factors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
         tokens = microbatch.input_ids[microbatch.scored]
-        logits = (self.table[:, tokens] + scale * (b @ a[:, tokens])).T
-        full = torch.log_softmax(logits, dim=-1)
+        logits = self.table[:, tokens]
+        for key in factors:
+            if key.endswith(".a"):
+                logits = logits + scale * (factors[key[:-1] + "b"] @ factors[key][:, tokens])
+        full = torch.log_softmax(logits.T, dim=-1)
         picked = full.gather(1, microbatch.target_ids[:, None])[:, 0]
         return picked, -(full.exp() * full).sum(-1)
+
+    def _factors(self, name: str) -> dict[str, Tensor]:
+        adapter = self.loaded[name]
+        return {key: adapter.tensors[key] for key in factor_names(adapter.spec)}
 
     def forward(self, name: str | None, batch: Batch) -> ForwardResult:
         time.sleep(self.seconds_per_call)
         logprobs: dict[int, npt.NDArray[np.float32]] = {}
         entropy: dict[int, npt.NDArray[np.float32]] = {}
         for microbatch in batch.microbatches:
-            if name is None:
-                values = self._logprobs(microbatch, torch.zeros(1, VOCAB), torch.zeros(VOCAB, 1), 0.0)
-            else:
-                state = self.loaded[name]
-                values = self._logprobs(microbatch, state.tensors["a"], state.tensors["b"], state.spec.scale)
+            factors = {} if name is None else self._factors(name)
+            values = self._logprobs(microbatch, factors, 0.0 if name is None else self.loaded[name].spec.scale)
             _scatter(logprobs, microbatch, values[0])
             _scatter(entropy, microbatch, values[1])
         order = range(batch.num_datums)
@@ -101,12 +121,11 @@ class ToyTrainer:
             raise RuntimeError("the toy trainer was told to fail here")
         time.sleep(self.seconds_per_call)
         state = self.loaded[name]
-        a = state.tensors["a"].clone().requires_grad_()
-        b = state.tensors["b"].clone().requires_grad_()
+        factors = {key: value.clone().requires_grad_() for key, value in self._factors(name).items()}
         loss = torch.zeros(())
         logprobs: dict[int, npt.NDArray[np.float32]] = {}
         for microbatch in batch.microbatches:
-            picked, entropy = self._logprobs(microbatch, a, b, state.spec.scale)
+            picked, entropy = self._logprobs(microbatch, factors, state.spec.scale)
             inputs = LossInputs(
                 logprobs=picked,
                 entropy=entropy,
@@ -117,20 +136,23 @@ class ToyTrainer:
             )
             loss = loss + (loss_fn(inputs).per_token * microbatch.weights).sum()
             _scatter(logprobs, microbatch, picked.detach())
-        grads = torch.autograd.grad(loss, [a, b])
-        for key, grad in zip(("a", "b"), grads, strict=True):
+        grads = torch.autograd.grad(loss, list(factors.values()))
+        for key, grad in zip(factors, grads, strict=True):
             state.tensors[f"{key}.grad"] += grad
         values = tuple(logprobs[i] for i in range(batch.num_datums))
         result = ForwardResult(logprobs=values, entropy=values)
         return ForwardBackwardResult(loss=loss.item(), metrics={}, result=result)
 
     def optim_step(self, name: str, params: AdamParams) -> OptimResult:
-        state = self.loaded[name].tensors
-        norm = torch.stack([state["a.grad"].norm(), state["b.grad"].norm()]).norm()
+        state, keys = self.loaded[name].tensors, factor_names(self.loaded[name].spec)
+        norm = torch.stack([state[f"{key}.grad"].norm() for key in keys]).norm()
+        if not torch.isfinite(norm):
+            self.zero_grad(name)
+            return OptimResult(grad_norm=norm.item(), step=int(state["step"]))
         factor = min(1.0, params.max_grad_norm / max(norm.item(), 1e-12)) if params.max_grad_norm else 1.0
         state["step"] += 1
         step = state["step"].item()
-        for key in ("a", "b"):
+        for key in keys:
             grad = state[f"{key}.grad"] * factor
             state[f"{key}.m"].lerp_(grad, 1 - params.beta1)
             state[f"{key}.v"].mul_(params.beta2).addcmul_(grad, grad, value=1 - params.beta2)
@@ -142,30 +164,28 @@ class ToyTrainer:
         return OptimResult(grad_norm=norm.item(), step=int(step))
 
     def zero_grad(self, name: str) -> None:
-        for key in ("a", "b"):
+        for key in factor_names(self.loaded[name].spec):
             self.loaded[name].tensors[f"{key}.grad"].zero_()
 
     def adapter_shards(self, name: str) -> Mapping[str, LoraShard]:
-        state = self.loaded[name]
-        return {MODULE: LoraShard(a=state.tensors["a"], b=state.tensors["b"] * state.spec.scale)}
+        state, spec = self.loaded[name].tensors, self.loaded[name].spec
+        return {module(t): LoraShard(a=state[f"{t}.a"], b=state[f"{t}.b"] * spec.scale) for t in spec.targets}
 
     def export_adapter(self, name: str) -> Mapping[str, npt.NDArray[np.float32]]:
-        state = self.loaded[name].tensors
-        return {
-            f"{MODULE}.lora_A.weight": state["a"].numpy().copy(),
-            f"{MODULE}.lora_B.weight": state["b"].numpy().copy(),
-        }
+        state, spec = self.loaded[name].tensors, self.loaded[name].spec
+        return {_peft_name(key): state[key].numpy().copy() for key in factor_names(spec)}
 
     def import_adapter(self, name: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        state = self.loaded[name].tensors
-        named = {"a": f"{MODULE}.lora_A.weight", "b": f"{MODULE}.lora_B.weight"}
-        for key, long in named.items():
-            if long not in tensors or tensors[long].shape != tuple(state[key].shape):
-                raise AdapterError(f"{long} is missing or has another shape than {tuple(state[key].shape)}")
-        for key, value in state.items():
+        state, keys = self.loaded[name].tensors, factor_names(self.loaded[name].spec)
+        if set(tensors) != {_peft_name(key) for key in keys}:
+            raise AdapterError(f"adapter {name!r}: the tensors are for other targets")
+        for key in keys:
+            if tensors[_peft_name(key)].shape != tuple(state[key].shape):
+                raise AdapterError(f"{_peft_name(key)} has another shape than {tuple(state[key].shape)}")
+        for value in state.values():
             value.zero_()
-            if key in named:
-                value.copy_(torch.from_numpy(tensors[named[key]]))
+        for key in keys:
+            state[key].copy_(torch.from_numpy(tensors[_peft_name(key)]))
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in self.loaded[name].tensors.items()}
@@ -200,7 +220,7 @@ class ToyEngine:
         self.table = base_table()
         self._max_adapters = max_adapters
         self.max_batch = max_batch
-        self.slots: dict[AdapterRef, LoraShard] = {}
+        self.slots: dict[AdapterRef, dict[str, LoraShard]] = {}
         self.flights: dict[str, Flight] = {}
         self.seconds_per_step = seconds_per_step
         self.loads = 0
@@ -218,11 +238,11 @@ class ToyEngine:
             raise AdapterError(f"no slot is free for {ref}; engine.max_adapters={self._max_adapters}")
         assert ref not in self.slots
         assert ref.version not in {other.version for other in self.slots}
-        self.slots[ref] = LoraShard(a=shards[MODULE].a.clone(), b=shards[MODULE].b.clone())
+        self.slots[ref] = {path: LoraShard(a=s.a.clone(), b=s.b.clone()) for path, s in shards.items()}
         self.loads += 1
 
     def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
-        return {MODULE: self.slots[ref]}
+        return self.slots[ref]
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         assert not any(flight.request.adapter == ref for flight in self.flights.values()), f"{ref} is in use"
@@ -244,7 +264,8 @@ class ToyEngine:
     def _column(self, token: int, ref: AdapterRef | None) -> npt.NDArray[np.float64]:
         logits = self.table[:, token]
         if ref is not None:
-            logits = logits + self.slots[ref].b @ self.slots[ref].a[:, token]
+            for shard in self.slots[ref].values():
+                logits = logits + shard.b @ shard.a[:, token]
         return logits.double().numpy()
 
     def step(self) -> StepOutput:
@@ -318,22 +339,6 @@ def _top(logprobs: npt.NDArray[np.float64], k: int) -> tuple[tuple[int, float], 
     return tuple((int(token), float(logprobs[token])) for token in order)
 
 
-class ToyWeightSync:
-    """Pushes by copying, with a counter of its own, as the real one does."""
-
-    def __init__(self, trainer: ToyTrainer, engine: ToyEngine) -> None:
-        self.trainer, self.engine, self.count = trainer, engine, 0
-
-    def push(self, name: str) -> AdapterRef:
-        self.count += 1
-        ref = AdapterRef(name=name, version=self.count, content_hash="toy")
-        self.engine.load_adapter(ref, self.trainer.adapters()[name], self.trainer.adapter_shards(name))
-        return ref
-
-    def unload(self, ref: AdapterRef) -> None:
-        self.engine.unload_adapter(ref)
-
-
 class OneRank:
     """The Mesh of a single process."""
 
@@ -368,7 +373,7 @@ def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None =
     return Backend(
         trainer=trainer,
         engine=engine,
-        weight_sync=ToyWeightSync(trainer, engine),
+        weight_sync=WeightSync(trainer, engine, VersionCounter(), synchronize=lambda: None),
         mesh=OneRank(),
         tp_size=1,
         vocab_size=VOCAB,

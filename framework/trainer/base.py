@@ -90,7 +90,10 @@ class Trainer(Protocol):
         """Adds the gradient of this batch's loss to the adapter's. A failed call adds nothing."""
 
     def optim_step(self, name: str, params: AdamParams) -> OptimResult:
-        """One AdamW step on the fp32 masters from the accumulated gradient, which is cleared."""
+        """One AdamW step on the fp32 masters from the accumulated gradient, which is cleared.
+
+        A gradient whose norm is not finite is dropped instead: nothing else changes, and ``grad_norm`` says so.
+        """
 
     def zero_grad(self, name: str) -> None: ...
 

@@ -1,0 +1,194 @@
+"""Puts the service together on a runtime's trainer and engine, and runs it until SIGTERM.
+
+Rank 0 serves HTTP on a thread of its own; the main thread of every rank runs the lockstep loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from framework.engine.base import RolloutEngine
+from framework.errors import ConfigError
+from framework.service.adapters import Adapters, Paths
+from framework.service.app import build_app
+from framework.service.board import Board, LoopConfig
+from framework.service.executor import Executor, Lockstep
+from framework.service.futures import Futures
+from framework.service.http import Rates
+from framework.service.keys import Keys
+from framework.service.leader import Leader, Stop
+from framework.service.metrics import Metrics
+from framework.service.recovery import recover
+from framework.service.reports import Reports
+from framework.service.requests import RequestLimits
+from framework.service.scheduler import Scheduler
+from framework.service.service import Model, Service
+from framework.service.settings import ServiceConfig
+from framework.service.store import Store
+from framework.service.wire import ModelLimits
+from framework.service.worker import Worker
+from framework.trainer.base import Trainer
+from framework.weight_sync import WeightSync
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """What the service runs on; one per rank."""
+
+    trainer: Trainer
+    engine: RolloutEngine
+    weight_sync: WeightSync
+    mesh: Lockstep
+    tp_size: int
+    vocab_size: int
+    pad_to_multiple_of: int
+    max_lora_rank: int
+    model: Model
+
+
+def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Leader]:
+    """Rank 0's half: the registry, the queues and the service, with everything a restart has to bring back."""
+    data_dir = Path(config.data_dir).resolve()
+    facts = {"model": backend.model.name, "tensor_parallel_size": str(backend.tp_size)}
+    store = Store(data_dir / "registry.sqlite3", facts=facts)
+    paths = Paths(data_dir=data_dir, lora_dir=Path(config.lora_dir or data_dir / "lora_adapters").resolve())
+    adapters = Adapters(store=store, paths=paths)
+    loop_config = LoopConfig(
+        trainer_slots=config.trainer_adapters,
+        engine_slots=backend.engine.max_adapters,
+        snapshot_after_s=config.snapshot_after_s,
+        gap_timeout_s=config.gap_timeout_s,
+        keep_versions=config.keep_versions,
+        session_timeout_s=config.session_timeout_s,
+        outcome_ttl_s=config.outcome_ttl_s,
+        heartbeat_s=HEARTBEAT_S,
+        stop_grace_s=config.stop_grace_s,
+    )
+    futures = Futures(store=store)
+    board = Board(
+        config=loop_config,
+        store=store,
+        adapters=adapters,
+        scheduler=Scheduler(max_in_flight=config.max_in_flight),
+        deliver=futures.deliver,
+        stream=futures.stream,
+    )
+    leader = Leader(board=board, reports=Reports(board=board))
+    limits = RequestLimits(
+        model=ModelLimits(vocab_size=backend.vocab_size, max_tokens=backend.model.context_tokens),
+        max_rank=min(config.max_rank, backend.max_lora_rank),
+        tokenizer=backend.model.tokenizer,
+    )
+    service = Service(
+        config=config,
+        model=backend.model,
+        limits=limits,
+        store=store,
+        adapters=Adapters(store=store, paths=paths),
+        futures=futures,
+        keys=Keys(store=store, auth=config.auth),
+        rates=Rates(per_s=config.max_requests_per_s),
+        metrics=Metrics(),
+        post=leader.inbox.put,
+    )
+    repeated, pending = recover(board, futures, limits)
+    log.info("registry opened", extra={"to_repeat": repeated, "pending": pending})
+    return service, leader
+
+
+def build_worker(config: ServiceConfig, backend: Backend) -> Worker:
+    return Worker(
+        trainer=backend.trainer,
+        engine=backend.engine,
+        weight_sync=backend.weight_sync,
+        tp_rank=backend.mesh.tp_rank,
+        base_model=backend.model.name,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        pad_to_multiple_of=backend.pad_to_multiple_of,
+    )
+
+
+class HttpThread:
+    """Uvicorn on a thread with an event loop of its own."""
+
+    def __init__(self, service: Service) -> None:
+        """Binds at once, so that a taken port fails the start.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        config = service.config
+        self._socket = _bind(config.host, config.port)
+        self.port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(build_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        )
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Closes the connections and waits for the thread."""
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._socket]))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        raise ConfigError(f"service.host={host}, service.port={port} cannot be bound: {error}") from error
+    sock.listen(2048)
+    return sock
+
+
+def serve(config: ServiceConfig, backend: Backend) -> None:
+    """Serves until SIGTERM or SIGINT. All ranks call it; returns on all of them together."""
+    worker = build_worker(config, backend)
+    if backend.mesh.tp_rank != 0:
+        for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when all end
+            signal.signal(number, signal.SIG_IGN)
+        Executor(worker=worker, mesh=backend.mesh, planner=None).run()
+        return
+    service, leader = build_service(config, backend)
+    http = HttpThread(service)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        log.info("stopping", extra={"signal": number})
+        service.stopping = True
+        leader.inbox.put(Stop())
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    http.start()
+    log.info("serving", extra={"url": f"http://{config.host}:{http.port}", "data_dir": config.data_dir})
+    try:
+        Executor(worker=worker, mesh=backend.mesh, planner=leader).run()
+    finally:
+        http.stop()
+        service.store.close()
+
+
+def describe(values: dict[str, Any]) -> str:
+    """``key=value`` pairs of the start-up line."""
+    return " ".join(f"{key}={value}" for key, value in values.items())

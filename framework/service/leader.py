@@ -1,0 +1,307 @@
+"""Rank 0's side of the loop, planning: requests in, plans out.
+
+It turns the scheduler's decision into actions: making room, bringing adapters and versions back, and only then the
+work itself. What the ranks report goes to :mod:`framework.service.reports`.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from framework.engine.base import StepOutput
+from framework.service.adapters import Adapter, checkpoint_path
+from framework.service.board import Board, Sampling
+from framework.service.housekeeping import sweep
+from framework.service.ops import (
+    CreateAdapter,
+    LoadState,
+    OptimStep,
+    Publish,
+    Refuse,
+    RemoveAdapter,
+    RequestError,
+    Sample,
+    SaveCheckpoint,
+    TrainBatch,
+)
+from framework.service.plan import (
+    Abort,
+    Action,
+    LoadVersion,
+    Plan,
+    Restore,
+    Run,
+    Snapshot,
+    Submit,
+    UnloadVersion,
+    VersionKey,
+)
+from framework.service.replies import failure_reply
+from framework.service.reports import Reports
+from framework.service.scheduler import Entry, Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Nobody waits for this sample any more."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Finish what runs within the grace period, save, end."""
+
+
+Message = Entry | Cancel | Stop
+SWEEP_EVERY_S = 30.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Leader:
+    """Plans on the loop's thread; only ``inbox.put`` is called from others."""
+
+    board: Board
+    reports: Reports
+    inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    stop_at: float | None = None
+    sweep_at: float = 0.0
+
+    def report(self, plan: Plan, results: list[Any], seconds: list[float]) -> None:
+        """What became of the actions of a plan."""
+        self.reports.report(plan, results, seconds)
+
+    def stepped(self, output: StepOutput, seconds: float) -> None:
+        """What the engine step produced."""
+        self.reports.stepped(output, seconds)
+
+    def plan(self) -> Plan:
+        """The next turn; waits for a request when there is nothing to do."""
+        self._receive()
+        while True:
+            now = time.monotonic()
+            self._close_gaps(now)
+            if now > self.sweep_at:
+                self.sweep_at = now + SWEEP_EVERY_S
+                sweep(self.board)
+            if self.stop_at is not None and (self._quiet() or now > self.stop_at):
+                return self._last_plan()
+            actions: list[Action] = [Abort(engine_ids=tuple(self.board.aborts))] if self.board.aborts else []
+            self.board.aborts.clear()
+            decision = self.board.scheduler.next_decision(now, resident=self._resident, blocked=self._blocked())
+            if decision.wants_slot is not None:
+                actions += self._load_version(decision.wants_slot)
+            actions += self._submissions(decision.submit, now)
+            if decision.train is not None:
+                try:
+                    actions += self._training(decision.train)
+                except RequestError as error:
+                    self.board.fail(decision.train, str(error), "user")
+                    self.board.flush()
+                    if not actions and not decision.step:
+                        continue
+            actions += self._snapshots()
+            self.board.flush()
+            if actions or decision.step:
+                return Plan(actions=tuple(actions), step=decision.step or bool(decision.submit))
+            if not self._receive_blocking():
+                return Plan()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                self._take(self.inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _receive_blocking(self) -> bool:
+        """Waits for a message; False if none came before the other ranks have to hear from this one."""
+        try:
+            self._take(self.inbox.get(timeout=self.board.config.heartbeat_s))
+        except queue.Empty:
+            return False
+        self._receive()
+        return True
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Stop):
+            self.stop_at = time.monotonic() + self.board.config.stop_grace_s
+        elif isinstance(message, Cancel):
+            self.board.aborts += self.reports.drop_sample(message.request_id, "cancelled", "user")
+        else:
+            self.board.scheduler.add(message, time.monotonic())
+            if isinstance(message.op, Sample):
+                self.board.sampling[message.request_id] = Sampling(entry=message)
+
+    def _quiet(self) -> bool:
+        """Nothing is in the middle of something."""
+        queues = self.board.scheduler.queues.values()
+        return not self.board.parts and not any(q.ready and q.ready[0].started for q in queues)
+
+    def _last_plan(self) -> Plan:
+        """Saves every adapter that has unsaved training, unless it is in the middle of a batch."""
+        actions = []
+        for adapter_id in self.board.trainer_slots.resident:
+            adapter = self.board.adapters.known[adapter_id]
+            if adapter.unsaved_s and not self.board.trainer_slots.users[adapter_id]:
+                actions.append(self._snapshot(adapter, evict=False))
+        return Plan(actions=tuple(actions), stop=True)
+
+    def _close_gaps(self, now: float) -> None:
+        for waiting in self.board.scheduler.gaps(now, self.board.config.gap_timeout_s):
+            text = (
+                f"request {waiting.next_seq} of {waiting.adapter_id} did not come within "
+                f"{self.board.config.gap_timeout_s:g} s; those behind it are given up"
+            )
+            for entry in waiting.skip_gap(now):
+                self.board.resolve(entry, failure_reply(text, "server"))
+        self.board.flush()
+
+    def _resident(self, key: VersionKey | None) -> bool:
+        if self.stop_at is not None:
+            return False
+        return key is None or (key in self.board.engine_slots and key != self.board.draining)
+
+    def _blocked(self) -> frozenset[str]:
+        """Adapters whose head needs an engine slot while none can be freed; once stopping, all that did not start."""
+        held = set()
+        for name, waiting in self.board.scheduler.queues.items():
+            if not waiting.ready or waiting.ready[0].started:
+                continue
+            pushes = isinstance(waiting.ready[0].op, CreateAdapter | OptimStep | LoadState | Publish | SaveCheckpoint)
+            if self.stop_at is not None or (pushes and self._free_engine_slot(dry=True) is None):
+                held.add(name)
+        return frozenset(held)
+
+    def _free_engine_slot(self, *, dry: bool = False) -> list[Action] | None:
+        """Actions that leave a slot free, or None while every slot is in use (then the oldest starts draining)."""
+        slots = self.board.engine_slots
+        if not slots.full:
+            return []
+        victim = slots.victim()
+        if victim is None:
+            self.board.draining = self.board.draining or next(iter(slots.resident))
+            return None
+        if not dry:
+            slots.drop(victim)
+            self.board.draining = None
+        return [UnloadVersion(key=victim)]
+
+    def _load_version(self, key: VersionKey) -> list[Action]:
+        actions = self._free_engine_slot()
+        if actions is None:
+            return []
+        self.board.engine_slots.touch(key)
+        spec = self.board.adapters.get(key[0]).spec
+        return [*actions, LoadVersion(key=key, spec=spec, folder=str(self.board.adapters.paths.version(key)))]
+
+    def _submissions(self, parts: tuple[Part, ...], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for part in parts:
+            op = part.entry.op
+            assert isinstance(op, Sample)
+            sampling = op.sampling
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + part.index)
+            if op.version is not None:
+                self.board.engine_slots.use(op.version)
+            self.board.parts[part.engine_id] = part
+            actions.append(
+                Submit(engine_id=part.engine_id, prompt=op.prompt, sampling=sampling, key=op.version, stream=op.stream)
+            )
+        self.board.scheduler.started(parts, now)
+        return actions
+
+    def _training(self, entry: Entry) -> list[Action]:
+        """What it takes to run the next quantum of an adapter's head.
+
+        Raises:
+            RequestError: it cannot run at all.
+        """
+        op, adapter_id = entry.op, entry.adapter_id
+        assert adapter_id is not None
+        assert not isinstance(op, Sample)
+        if isinstance(op, Refuse):
+            raise RequestError(op.message)
+        adapter = self.board.adapters.get(adapter_id)
+        if isinstance(op, RemoveAdapter) and adapter_id not in self.board.trainer_slots:
+            self.reports.removed(adapter)
+            self.board.succeed(entry, None)
+            return []
+        run = self._bind(entry, adapter)
+        actions: list[Action] = []
+        if run.publish_as is not None:
+            freed = self._free_engine_slot()
+            assert freed is not None, "heads that push are blocked while no slot can be freed"
+            actions += freed
+            self.board.engine_slots.touch(run.publish_as)
+        actions += self._bring(adapter, fresh=isinstance(op, CreateAdapter))
+        if isinstance(op, TrainBatch) and not entry.started:
+            self.board.trainer_slots.use(adapter_id)
+        entry.started = True
+        return [*actions, run]
+
+    def _bring(self, adapter: Adapter, *, fresh: bool) -> list[Action]:
+        """Makes the adapter resident in the trainer, sending the least recently used one to its folder if need be."""
+        actions: list[Action] = []
+        if adapter.adapter_id not in self.board.trainer_slots:
+            if self.board.trainer_slots.full:
+                victim = self.board.trainer_slots.victim()
+                if victim is None:
+                    raise RequestError("every adapter in the trainer is in the middle of a batch", status=503)
+                self.board.trainer_slots.drop(victim)
+                actions.append(self._snapshot(self.board.adapters.known[victim], evict=True))
+            if not fresh:
+                actions.append(
+                    Restore(
+                        adapter_id=adapter.adapter_id, spec=adapter.spec, seed=adapter.seed, snapshot=adapter.snapshot
+                    )
+                )
+        self.board.trainer_slots.touch(adapter.adapter_id)
+        return actions
+
+    def _bind(self, entry: Entry, adapter: Adapter) -> Run:
+        """Looks up what the op names and decides where it writes."""
+        op, paths = entry.op, self.board.adapters.paths
+        assert not isinstance(op, Sample | Refuse)
+        run = Run(request_id=entry.request_id, adapter_id=adapter.adapter_id, op=None if entry.started else op)
+        if isinstance(op, CreateAdapter | LoadState) and op.source is not None:
+            run = replace(run, source=self._source(op.source, adapter.owner))
+        if isinstance(op, SaveCheckpoint) and not op.overwrite:
+            path = checkpoint_path(adapter.adapter_id, op.kind, op.name)
+            if self.board.store.one("SELECT 1 FROM checkpoints WHERE path=?", path):
+                raise RequestError(f"checkpoint {path} already exists; give another name or overwrite it")
+        if isinstance(op, SaveCheckpoint) and op.kind != "sampler_weights":
+            return replace(run, folder=str(paths.new_checkpoint(adapter.adapter_id, op.kind, op.name)))
+        if adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState):
+            run = replace(run, peft_folder=str(paths.peft(adapter.adapter_id)))
+        elif not isinstance(op, Publish | SaveCheckpoint):
+            return run
+        changed = isinstance(op, OptimStep | LoadState)
+        key = (adapter.adapter_id, adapter.version + changed)
+        if entry.replay or (not changed and self.board.adapters.has_version(key)):
+            return run
+        return replace(run, folder=str(paths.version(key)), publish_as=key)
+
+    def _source(self, source: str, owner: str) -> str:
+        if not source.startswith("tinker://"):
+            return source
+        return str(self.board.adapters.checkpoint(source, owner, kind="weights")["info"]["folder"])
+
+    def _snapshot(self, adapter: Adapter, *, evict: bool) -> Snapshot:
+        if not adapter.unsaved_s and adapter.snapshot is not None:
+            return Snapshot(adapter_id=adapter.adapter_id, folder=None, evict=evict)
+        folder = self.board.adapters.paths.snapshot(adapter.adapter_id, adapter.executed_seq)
+        return Snapshot(adapter_id=adapter.adapter_id, folder=str(folder), evict=evict)
+
+    def _snapshots(self) -> list[Action]:
+        """At most one adapter that has trained long enough since its last snapshot."""
+        for adapter_id in self.board.trainer_slots.resident:
+            adapter = self.board.adapters.known[adapter_id]
+            due = adapter.unsaved_s > self.board.config.snapshot_after_s
+            if due and not self.board.trainer_slots.users[adapter_id]:
+                return [self._snapshot(adapter, evict=False)]
+        return []

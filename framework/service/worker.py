@@ -1,0 +1,286 @@
+"""Executes plan actions on this rank's trainer and engine. Every rank runs the same actions in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from framework.algorithms.base import LossFn, LossInputs
+from framework.batching import Batch, Microbatch, pack
+from framework.engine.base import RolloutEngine, SampleRequest
+from framework.lora.peft_io import CONFIG_FILE, load_peft, save_peft
+from framework.service import tensors
+from framework.service.losses import build_loss
+from framework.service.ops import (
+    CreateAdapter,
+    LoadState,
+    OptimStep,
+    Publish,
+    RemoveAdapter,
+    RequestError,
+    SaveCheckpoint,
+    TrainBatch,
+)
+from framework.service.plan import (
+    Abort,
+    Action,
+    LoadVersion,
+    Progress,
+    Restore,
+    Run,
+    Snapshot,
+    Submit,
+    TrainedBatch,
+    UnloadVersion,
+    VersionKey,
+)
+from framework.trainer.base import Trainer
+from framework.types import AdapterRef
+from framework.weight_sync import WeightSync, check_delivery, content_hash
+
+PEFT = "peft"
+"""Folder of the PEFT files inside a checkpoint's."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RunningBatch:
+    """A TrainBatch between its microbatches."""
+
+    batch: Batch
+    loss_fn: LossFn
+    backward: bool
+    undo: dict[str, Tensor] | None
+    """The adapter's state before the first microbatch; None when its gradient was zero."""
+    logprobs: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    loss: float = 0.0
+    done: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One per rank."""
+
+    trainer: Trainer
+    engine: RolloutEngine
+    weight_sync: WeightSync
+    tp_rank: int
+    base_model: str
+    """Written into PEFT folders."""
+    max_tokens_per_microbatch: int
+    pad_to_multiple_of: int = 1
+    refs: dict[VersionKey, AdapterRef] = field(default_factory=dict)
+    running: dict[str, RunningBatch] = field(default_factory=dict)
+    clean: set[str] = field(default_factory=set)
+    """Adapters known to have a zero gradient."""
+
+    def execute(self, action: Action) -> Any:
+        """Runs one action; raises what the trainer or engine raises."""
+        handlers: dict[type, Callable[[Any], Any]] = {
+            Restore: self._restore,
+            Snapshot: self._snapshot,
+            LoadVersion: self._load_version,
+            UnloadVersion: lambda a: self.engine.unload_adapter(self.refs[a.key]),
+            Submit: self._submit,
+            Abort: lambda a: self.engine.abort(a.engine_ids),
+            Run: self._run,
+        }
+        return handlers[type(action)](action)
+
+    def _restore(self, action: Restore) -> None:
+        self.trainer.add_adapter(action.adapter_id, action.spec, seed=action.seed)
+        if action.snapshot is not None:
+            self.trainer.load_state_dict(action.adapter_id, tensors.read_state(Path(action.snapshot), self.tp_rank))
+
+    def _snapshot(self, action: Snapshot) -> None:
+        if action.folder is not None:
+            tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
+        if action.evict:
+            self._forget(action.adapter_id)
+
+    def _forget(self, name: str) -> None:
+        self.trainer.remove_adapter(name)
+        self.clean.discard(name)
+
+    def _load_version(self, action: LoadVersion) -> None:
+        """Back into a slot, read back and compared, as when it was pushed."""
+        shards = tensors.read_shards(Path(action.folder), self.tp_rank)
+        ref = self.refs.get(action.key)
+        if ref is None:  # it was pushed before a restart
+            version = self.weight_sync.versions.next()
+            ref = AdapterRef(name=action.key[0], version=version, content_hash=content_hash(shards))
+        self.engine.load_adapter(ref, action.spec, shards)
+        check_delivery(ref, action.spec, shards, self.engine.read_adapter(ref))
+        self.refs[action.key] = ref
+
+    def _submit(self, action: Submit) -> None:
+        self.engine.submit(
+            SampleRequest(
+                request_id=action.engine_id,
+                prompt=action.prompt,
+                sampling=action.sampling,
+                adapter=None if action.key is None else self.refs[action.key],
+                stream=action.stream,
+            )
+        )
+
+    def _run(self, action: Run) -> Any:
+        op, name = action.op, action.adapter_id
+        if op is None or isinstance(op, TrainBatch):
+            return self._train(action)
+        if isinstance(op, OptimStep):
+            return self._optim_step(action, op)
+        if isinstance(op, Publish):
+            return self._publish(action)
+        if isinstance(op, SaveCheckpoint):
+            return self._save(action, op)
+        if isinstance(op, CreateAdapter):
+            return self._create(action, op)
+        if isinstance(op, LoadState):
+            return self._load(action, op.optimizer)
+        assert isinstance(op, RemoveAdapter), f"no rank can run {op}"
+        return self._forget(name)
+
+    def _create(self, action: Run, op: CreateAdapter) -> None:
+        self.trainer.add_adapter(action.adapter_id, op.spec, seed=op.seed)
+        self.clean.add(action.adapter_id)
+        try:
+            if op.source is not None:
+                self._load(action, op.optimizer)
+            self._publish(action)
+            self._keep_peft(action)
+        except Exception:
+            self._forget(action.adapter_id)
+            raise
+
+    def _optim_step(self, action: Run, op: OptimStep) -> Any:
+        result = self.trainer.optim_step(action.adapter_id, op.params)
+        self.clean.add(action.adapter_id)
+        if not np.isfinite(result.grad_norm):
+            raise RequestError("the gradient is not finite; the step was not applied")
+        self._publish(action)
+        self._keep_peft(action)
+        return result
+
+    def _publish(self, action: Run) -> None:
+        """Pushes the weights, then writes what the engine got; nothing to do when they are a version already."""
+        if action.publish_as is None:
+            return
+        assert action.folder is not None, "a new version has a folder"
+        self.refs[action.publish_as] = self.weight_sync.publish(action.adapter_id)
+        shards = self.trainer.adapter_shards(action.adapter_id)
+        tensors.write_shards(Path(action.folder), self.tp_rank, shards)
+
+    def _save(self, action: Run, op: SaveCheckpoint) -> None:
+        if op.kind == "sampler_weights":
+            self._publish(action)
+            return
+        assert action.folder is not None, "a checkpoint has a folder"
+        if op.kind == "weights":
+            tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
+        self._write_peft(action.adapter_id, Path(action.folder) / PEFT)
+
+    def _keep_peft(self, action: Run) -> None:
+        if action.peft_folder is not None:
+            self._write_peft(action.adapter_id, Path(action.peft_folder))
+
+    def _write_peft(self, name: str, folder: Path) -> None:
+        whole = self.trainer.export_adapter(name)
+        if self.tp_rank == 0:
+            spec = self.trainer.adapters()[name]
+            save_peft(folder, spec=spec, tensors=whole, base_model=self.base_model, dtype=torch.float32)
+
+    def _load(self, action: Run, optimizer: bool) -> None:
+        """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
+        assert action.source is not None, "a checkpoint has a folder"
+        folder, name = Path(action.source), action.adapter_id
+        if optimizer:
+            self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))
+        else:
+            self.trainer.import_adapter(
+                name, load_peft(folder if (folder / CONFIG_FILE).is_file() else folder / PEFT)[1]
+            )
+        self.trainer.zero_grad(name)
+        self.clean.add(name)
+
+    def _train(self, action: Run) -> Progress | TrainedBatch:
+        """One microbatch. If it fails, the gradient of those before it is taken back."""
+        running = self.running.get(action.request_id)
+        if running is None:
+            assert isinstance(action.op, TrainBatch), "the first quantum brings the batch"
+            running = self.running[action.request_id] = self._begin(action.adapter_id, action.op)
+        microbatch = running.batch.microbatches[running.done]
+        compute = self._backward if running.backward else self._forward
+        try:
+            loss, logprobs = compute(action.adapter_id, microbatch, running.loss_fn)
+        except Exception:
+            self._undo(action, running)
+            raise
+        running.loss += loss
+        running.done += 1
+        running.logprobs.update(zip(microbatch.datum_ids, logprobs, strict=True))
+        total = len(running.batch.microbatches)
+        if running.done < total:
+            return Progress(done=running.done, total=total)
+        del self.running[action.request_id]
+        ordered = tuple(running.logprobs[index] for index in range(running.batch.num_datums))
+        return TrainedBatch(logprobs=ordered, loss=running.loss, metrics={})
+
+    def _begin(self, name: str, op: TrainBatch) -> RunningBatch:
+        longest = max(len(example.input_ids) for example in op.examples)
+        batch = pack(
+            op.examples,
+            max_tokens=max(self.max_tokens_per_microbatch, longest),
+            multiple_of=self.pad_to_multiple_of,
+        )
+        undo = None
+        if op.backward:
+            if len(batch.microbatches) > 1 and name not in self.clean:
+                undo = self.trainer.state_dict(name)
+            self.clean.discard(name)
+        return RunningBatch(batch=batch, loss_fn=build_loss(op.loss), backward=op.backward, undo=undo)
+
+    def _undo(self, action: Run, running: RunningBatch) -> None:
+        del self.running[action.request_id]
+        if not running.backward or not running.done:
+            return
+        if running.undo is None:
+            self.trainer.zero_grad(action.adapter_id)
+            self.clean.add(action.adapter_id)
+        else:
+            self.trainer.load_state_dict(action.adapter_id, running.undo)
+
+    def _backward(
+        self, name: str, microbatch: Microbatch, loss_fn: LossFn
+    ) -> tuple[float, tuple[npt.NDArray[np.float32], ...]]:
+        result = self.trainer.forward_backward(name, _alone(microbatch), loss_fn)
+        return result.loss, result.result.logprobs
+
+    def _forward(
+        self, name: str, microbatch: Microbatch, loss_fn: LossFn
+    ) -> tuple[float, tuple[npt.NDArray[np.float32], ...]]:
+        """The same loss, from logprobs without gradient."""
+        result = self.trainer.forward(name, _alone(microbatch))
+        output = loss_fn(
+            LossInputs(
+                logprobs=torch.from_numpy(np.concatenate(result.logprobs)),
+                entropy=torch.from_numpy(np.concatenate(result.entropy)),
+                weights=microbatch.weights,
+                sequence_ids=microbatch.sequence_ids,
+                num_sequences=microbatch.num_sequences,
+                fields=microbatch.fields,
+            )
+        )
+        return float((output.per_token * microbatch.weights).sum()), result.logprobs
+
+
+def _alone(microbatch: Microbatch) -> Batch:
+    """The microbatch as a batch of its own, its datums numbered from 0."""
+    count = microbatch.num_sequences
+    return Batch(microbatches=(replace(microbatch, datum_ids=tuple(range(count))),), num_datums=count)

@@ -188,10 +188,17 @@ class CheckpointConfig:
 class DataConfig:
     """Demonstrations for supervised fine-tuning."""
 
-    path: str | None = None
-    """A JSONL or Parquet file with a ``messages`` column; null takes solved problems of the environment."""
+    name_or_path: str = "examples/data/largest.jsonl"
+    """A JSONL or Parquet file, a folder of them, or a hub name. Rows have ``messages``, or ``prompt`` and
+    ``completion``."""
+    split: str = "train"
     batch_size: int = 32
     """Conversations per step, over all replicas."""
+    max_tokens: int = 1024
+    """Of one conversation."""
+    too_long: Literal["error", "truncate"] = "error"
+    heldout_rows: int = 64
+    """The last rows of the data set; never trained on, they give eval/loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,6 @@ RECIPES: dict[str, Recipe] = {
     "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data",)),
     "sft": Recipe(
         run=lambda cfg: sft.run(cfg, open_training(cfg)),
-        unused=("algorithm", "engine", "sampling", "rollout", "parity", "evaluation"),
+        unused=("algorithm", "environment", "engine", "sampling", "rollout", "parity"),
     ),
 }

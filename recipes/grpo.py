@@ -162,6 +162,7 @@ def finish(cfg: RunConfig, rt: SamplingRuntime, accuracy: list[float], history: 
                 spec=cfg.lora,
                 tensors=tensors,
                 base_model=cfg.model.name_or_path,
+                dtype=rt.base.dtype,
             )
 
     def mean(*names: str) -> float:

@@ -1,11 +1,115 @@
-"""Supervised fine-tuning on demonstrations."""
+"""Supervised fine-tuning: cross-entropy on what the assistant says in demonstrations, token mean over the batch.
+
+There is no engine and no sampling. Prompts are not trained on: the loss mask is made where the chat template makes
+the tokens. The held-out loss is measured on the data set's last rows, before training, every ``evaluation.every`` steps and
+after it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from framework.algorithms.supervised import CrossEntropy
+from framework.batching import Batch, make_batch
 from framework.config import RunConfig
-from framework.runtime import Runtime
+from framework.data.datasets import open_rows
+from framework.data.order import ShuffledOrder
+from framework.data.supervised import Demonstrations, length_report
+from framework.errors import DataError
+from framework.lora.peft_io import save_peft
+from framework.metrics import reduce_metrics
+from framework.runtime import POLICY, Runtime, versions
+from framework.timing import PhaseTimer
+from framework.types import Datum
 
 
 def run(cfg: RunConfig, rt: Runtime) -> None:
-    """To come."""
-    raise NotImplementedError
+    """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    data = Demonstrations(
+        open_rows(cfg.data.name_or_path, split=cfg.data.split),
+        rt.chat,
+        max_tokens=cfg.data.max_tokens,
+        too_long=cfg.data.too_long,
+    )
+    num_train = len(data) - cfg.data.heldout_rows
+    if num_train < 1:
+        raise DataError(
+            f"{cfg.data.name_or_path} has {len(data)} rows and data.heldout_rows={cfg.data.heldout_rows} are set aside; "
+            f"nothing is left to train on"
+        )
+    heldout = [data.datum(index) for index in range(num_train, len(data))]
+    order = ShuffledOrder(num_train, seed=cfg.seed)
+    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
+    losses = [evaluate(cfg, rt, heldout, step=0)]
+    history: list[dict[str, float]] = []
+    for step in range(1, cfg.num_steps + 1):
+        timer = PhaseTimer(rt.base.device.synchronize)
+        with timer.phase("data"):
+            mine = order.next(cfg.data.batch_size)[rt.mesh.dp_rank :: rt.mesh.dp_size]
+            datums = [data.datum(index) for index in mine]
+        if step == 1 and rt.mesh.rank == 0:
+            budget = cfg.trainer.max_tokens_per_microbatch
+            print(length_report(datums, max_tokens=cfg.data.max_tokens, max_tokens_per_microbatch=budget), flush=True)
+        with timer.phase("forward_backward"):
+            loss = rt.trainer.forward_backward(POLICY, batch_of(cfg, rt, datums), CrossEntropy())
+        adam = cfg.optimizer.at(step, cfg.num_steps)
+        with timer.phase("optim"):
+            optim = rt.trainer.optim_step(POLICY, adam)
+        metrics = reduce_metrics([loss.metrics], global_sum=rt.mesh.global_sum)
+        total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
+        metrics |= {**timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
+        metrics |= {"optim/grad_norm": optim.grad_norm, "optim/learning_rate": adam.learning_rate}
+        metrics |= {"time/tokens_per_s": num_tokens / timer.total()}
+        rt.tracker.log(step, metrics)
+        history.append(metrics)
+        if step == cfg.num_steps or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
+            losses.append(evaluate(cfg, rt, heldout, step=step))
+    finish(cfg, rt, losses, history)
+
+
+def batch_of(cfg: RunConfig, rt: Runtime, datums: Sequence[Datum]) -> Batch:
+    """This replica's microbatches, weighted by the global number of trained tokens."""
+    return make_batch(
+        datums,
+        aggregation="token_mean",
+        max_tokens=cfg.trainer.max_tokens_per_microbatch,
+        multiple_of=rt.trainer.token_multiple,
+        global_sum=lambda value: rt.mesh.global_sum([value])[0],
+    )
+
+
+def evaluate(cfg: RunConfig, rt: Runtime, heldout: Sequence[Datum], *, step: int) -> float | None:
+    """Mean loss per held-out token; None without held-out rows."""
+    if not heldout:
+        return None
+    logprobs = rt.trainer.forward(POLICY, batch_of(cfg, rt, heldout)).logprobs
+    loss = -sum(float(values.sum()) for values in logprobs) / sum(len(values) for values in logprobs)
+    rt.tracker.log(step, {"eval/loss": loss})
+    return loss
+
+
+def finish(cfg: RunConfig, rt: Runtime, losses: list[float | None], history: list[dict[str, float]]) -> None:
+    """Writes the adapter as a PEFT folder, and ``summary.json``."""
+    tensors = rt.trainer.export_adapter(POLICY)
+    with rt.mesh.agree_on_error("writing the adapter"):
+        if rt.mesh.rank == 0:
+            save_peft(
+                rt.run_dir / "adapter",
+                spec=cfg.lora,
+                tensors=tensors,
+                base_model=cfg.model.name_or_path,
+                dtype=rt.base.dtype,
+            )
+    steady = history[1:] or history
+    rt.tracker.finish(
+        {
+            "eval/loss_start": losses[0],
+            "eval/loss_end": losses[-1],
+            "num_steps": cfg.num_steps,
+            "time/step_s": sum(m["time/step_s"] for m in steady) / max(1, len(steady)),
+            "model": cfg.model.name_or_path,
+            "model_source": rt.base.model.source,
+            "versions": versions(),
+            "adapter": str(rt.run_dir / "adapter"),
+        }
+    )

@@ -14,7 +14,7 @@ from framework.algorithms.base import LossInputs, LossOutput, Metric
 from framework.batching import Batch, aggregate, pack, shift
 from framework.device import Device
 from framework.distributed import Mesh
-from framework.errors import AdapterError, ConfigError, DataError, FrameworkError
+from framework.errors import AdapterError, ConfigError, DataError
 from framework.lora.spec import LoraSpec
 from framework.trainer.megatron.trainer import MegatronTrainer
 from framework.types import AdamParams, Datum
@@ -289,8 +289,8 @@ def test_a_gradient_that_is_not_finite_makes_no_step(trainer: MegatronTrainer, d
     trainer.optim_step("a", FIVE_STEPS)
     before = snapshot(trainer)
     trainer.forward_backward("a", batch, lambda i: LossOutput(per_token=i.logprobs * float("nan")))
-    with pytest.raises(FrameworkError, match="the gradient's norm is nan: the step was not made"):
-        trainer.optim_step("a", FIVE_STEPS)
+    result = trainer.optim_step("a", FIVE_STEPS)
+    assert (np.isnan(result.grad_norm), result.step) == (True, 1)
     after = snapshot(trainer)
     assert after.pop("num_microbatches") != before.pop("num_microbatches")
     assert after == before

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -101,12 +102,25 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> Response:
-        headers = {"retry-after": "1"} if error.status in (429, 503) else None
-        return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+        return _error(request, str(error), error.status)
 
     @app.exception_handler(FrameworkError)
     async def framework_error(request: Request, error: FrameworkError) -> Response:
-        return JSONResponse({"detail": str(error)}, status_code=400 if isinstance(error, ValueError) else 500)
+        return _error(request, str(error), 400 if isinstance(error, ValueError) else 500)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        complaints = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()[:8]]
+        return _error(request, "; ".join(complaints), 422)
+
+
+def _error(request: Request, message: str, status: int) -> Response:
+    """``detail``, or under /v1 the error object that OpenAI's clients read."""
+    body: dict[str, Any] = {"detail": message}
+    if request.url.path.startswith("/v1/"):
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return JSONResponse(body, status_code=status, headers={"retry-after": "1"} if status in (429, 503) else None)
 
 
 async def log_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -13,7 +13,6 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -187,8 +186,3 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
     finally:
         http.stop()
         service.store.close()
-
-
-def describe(values: dict[str, Any]) -> str:
-    """``key=value`` pairs of the start-up line."""
-    return " ".join(f"{key}={value}" for key, value in values.items())

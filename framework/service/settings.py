@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from framework.config import RunConfig, to_typed
+from framework.config import schema as run_schema
 from framework.errors import ConfigError
 
 
@@ -47,6 +49,7 @@ class ServiceConfig:
     max_adapters_per_owner: int = 256
     max_requests_per_s: float = 0.0
     """Per owner; 0 is no limit."""
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         for key in ("trainer_adapters", "max_in_flight", "max_tokens_per_microbatch", "keep_versions", "max_rank"):
@@ -70,20 +73,50 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def overrides_from_env(env: Mapping[str, str]) -> dict[str, Any]:
-    """Config overrides for the environment variables that are set; see docs/service.md for the table.
+def schema() -> dict[str, Any]:
+    """The run's schema and the section ``service``: the bottom layer of Hydra's composition."""
+    return {**run_schema(), "service": asdict(ServiceConfig())}
+
+
+def split(composed: Any) -> tuple[RunConfig, ServiceConfig]:
+    """Hydra's result, as plain containers, in its two parts.
 
     Raises:
-        ConfigError: a value that is not of its variable's kind.
+        ConfigError: a key is unknown or a value has the wrong type.
+    """
+    values = dict(composed)
+    section = values.pop("service")
+    defaults = asdict(ServiceConfig())
+    for key, value in section.items():
+        if key not in defaults:
+            raise ConfigError(f"unknown key 'service.{key}'; known are {sorted(defaults)}")
+        kind = type(defaults[key]) if defaults[key] is not None else str
+        if kind is float and isinstance(value, int):
+            section[key] = float(value)
+        elif not (value is None and defaults[key] is None) and type(value) is not kind:
+            raise ConfigError(f"service.{key}={value!r}: must be of type {kind.__name__}")
+    return to_typed(values), ServiceConfig(**section)
+
+
+def overrides_from_env(env: Mapping[str, str]) -> dict[str, Any]:
+    """Config overrides for the environment variables that are set; docs/service.md has the table.
+
+    Raises:
+        ConfigError: a value that is not of its variable's kind, or that the service cannot work with.
     """
     overrides: dict[str, Any] = {}
-    for name, (key, convert) in _VARIABLES.items():
-        if name in env:
+    for name, convert in _VARIABLES.items():
+        if env.get(name):
             try:
-                overrides[key] = convert(env[name])
-            except (ValueError, KeyError) as error:
+                overrides.update(convert(env[name]))
+            except ValueError as error:
                 raise ConfigError(f"environment variable {name}={env[name]!r}: {error}") from error
     return overrides
+
+
+def arguments_from_env(env: Mapping[str, str]) -> list[str]:
+    """Likewise, as arguments for Hydra."""
+    return [f"{key}={'null' if value is None else value}" for key, value in overrides_from_env(env).items()]
 
 
 def _flag(text: str) -> bool:
@@ -93,14 +126,21 @@ def _flag(text: str) -> bool:
     return values[text.lower()]
 
 
-_VARIABLES: dict[str, tuple[str, Any]] = {
-    "USE_VLLM": ("engine.backend", lambda text: "vllm" if _flag(text) else "trainer"),
-    "USE_MEGATRON": ("trainer.backend", lambda text: "megatron" if _flag(text) else "hf"),
-    "VLLM_MODEL": ("model.name_or_path", str),
-    "VLLM_TENSOR_PARALLEL_SIZE": ("parallel.tensor_parallel_size", int),
-    "VLLM_GPU_MEMORY_UTIL": ("engine.gpu_memory_utilization", float),
-    "VLLM_ENABLE_LORA": ("engine.enable_lora", _flag),
-    "VLLM_MAX_LORAS": ("engine.max_adapters", int),
-    "VLLM_MAX_LORA_RANK": ("engine.max_lora_rank", int),
-    "VLLM_DTYPE": ("engine.dtype", str),
+def _enable_lora(text: str) -> dict[str, Any]:
+    if not _flag(text):
+        raise ValueError("the service serves adapters; for the base model alone use vLLM's own server")
+    return {}
+
+
+_VARIABLES: Mapping[str, Callable[[str], dict[str, Any]]] = {
+    "USE_VLLM": lambda text: {"engine.backend": "vllm" if _flag(text) else "trainer"},
+    "USE_MEGATRON": lambda text: {"trainer.backend": "megatron" if _flag(text) else "hf"},
+    "VLLM_MODEL": lambda text: {"model.name_or_path": text},
+    "VLLM_TENSOR_PARALLEL_SIZE": lambda text: {"parallel.tensor_parallel_size": int(text)},
+    # a share of the memory is one way to size the KV cache, a number of GiB is the other
+    "VLLM_GPU_MEMORY_UTIL": lambda text: {"engine.gpu_memory_utilization": float(text), "engine.kv_cache_gib": None},
+    "VLLM_ENABLE_LORA": _enable_lora,
+    "VLLM_MAX_LORAS": lambda text: {"engine.max_adapters": int(text)},
+    "VLLM_MAX_LORA_RANK": lambda text: {"service.max_rank": int(text)},
+    "VLLM_DTYPE": lambda text: {} if text == "auto" else {"model.dtype": text},
 }

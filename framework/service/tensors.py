@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,14 +38,16 @@ def write_shards(folder: Path, rank: int, shards: Mapping[str, LoraShard]) -> No
     for name, shard in shards.items():
         tensors[f"{name}.a"] = shard.a.detach().cpu().contiguous()
         tensors[f"{name}.b"] = shard.b.detach().cpu().contiguous()
-    _replace(folder / f"shards-rank{rank}.safetensors", tensors)
+    _replace(folder / f"shards-rank{rank}.safetensors", tensors, {"modules": json.dumps(list(shards))})
 
 
 def read_shards(folder: Path, rank: int) -> dict[str, LoraShard]:
     """Reads them back in their order; CheckpointError if the file is missing or damaged."""
-    tensors = _read(folder / f"shards-rank{rank}.safetensors")
-    names = [key.removesuffix(".a") for key in tensors if key.endswith(".a")]
-    return {name: LoraShard(a=tensors[f"{name}.a"], b=tensors[f"{name}.b"]) for name in names}
+    path = folder / f"shards-rank{rank}.safetensors"
+    tensors = _read(path)
+    with safe_open(path, framework="pt") as file:  # the format sorts tensors by name
+        modules = json.loads(file.metadata()["modules"])
+    return {name: LoraShard(a=tensors[f"{name}.a"], b=tensors[f"{name}.b"]) for name in modules}
 
 
 def folder_size(folder: Path) -> int:
@@ -52,9 +55,9 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)
 
 

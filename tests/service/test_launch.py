@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.service.conftest import Running
+from tests.service.server import Running
 from tests.service.toy import VOCAB
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")

@@ -95,9 +95,15 @@ class HfAdapter:
         return flat
 
     def optim_step(self, params: AdamParams) -> OptimResult:
-        """Clips as ``torch.nn.utils.clip_grad_norm_`` does, steps AdamW, publishes, clears."""
-        self.master.grad = self.grad
+        """Clips as ``torch.nn.utils.clip_grad_norm_`` does, steps AdamW, publishes, clears.
+
+        A gradient whose norm is not finite is dropped, and nothing else changes.
+        """
         norm = torch.nn.utils.get_total_norm([self.grad])
+        if not norm.isfinite():
+            self.grad.zero_()
+            return OptimResult(grad_norm=norm.item(), step=self.step)
+        self.master.grad = self.grad
         if params.max_grad_norm > 0.0:
             torch.nn.utils.clip_grads_with_norm_(self.master, params.max_grad_norm, norm)
         self._optimizer.param_groups[0].update(

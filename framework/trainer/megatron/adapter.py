@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from framework.distributed import Mesh
-from framework.errors import AdapterError, FrameworkError
+from framework.errors import AdapterError
 from framework.lora.init import init_a
 from framework.lora.spec import LoraSpec
 from framework.models.layout import Projection, projections
@@ -157,8 +157,7 @@ class AdapterState:
     def optim_step(self, params: AdamParams) -> OptimResult:
         """Sums the gradient over ranks, clips, steps AdamW, publishes, clears. All ranks of both groups must call.
 
-        Raises:
-            FrameworkError: the gradient is not finite, on every rank; it is cleared, nothing else changes.
+        A gradient whose norm is not finite is dropped on every rank, and nothing else changes.
         """
         if self.mesh.dp_size > 1:
             dist.all_reduce(self.grad, group=self.mesh.dp_group)
@@ -167,10 +166,7 @@ class AdapterState:
         norm = self._grad_norm()
         if not math.isfinite(norm):
             self.grad.zero_()
-            raise FrameworkError(
-                f"the gradient's norm is {norm}: the step was not made and the gradient dropped; "
-                f"look for infinite or NaN rewards, advantages or logprobs in the batch"
-            )
+            return OptimResult(grad_norm=norm, step=self.step)
         if params.max_grad_norm > 0.0 and norm > params.max_grad_norm:
             self.grad.mul_(params.max_grad_norm / (norm + 1e-6))
         self.step += 1

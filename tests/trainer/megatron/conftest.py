@@ -67,7 +67,10 @@ def work(tiny: dict[str, Path], bases: dict[str, Any]) -> Workload:
         spec = LoraSpec(rank=4, alpha=10.0, targets=targets)
         factors = reference.make_factors(bases[variant], spec)
         gradients.append(GradientCase(variant=variant, targets=targets, factors=factors))
-    steps = [StepsCase(variant=v, factors=reference.make_factors(bases[v], scenario.RSLORA)) for v in VARIANTS]
+    steps = [
+        StepsCase(variant=v, factors=reference.make_factors(bases[v], scenario.RSLORA, zero_b=v == "qwen2"))
+        for v in VARIANTS
+    ]
     batches = tuple(tuple(reference.make_datums(VOCAB_SIZE, seed=seed)) for seed in range(5))
     return Workload(folders=tiny, gradients=tuple(gradients), steps=tuple(steps), batches=batches)
 

@@ -193,6 +193,8 @@ def invariances(work: Workload, mesh: Mesh, device: Device) -> dict[str, Any]:
         results["dropout"][recompute] = step_result(trainer, "noisy", make_batch(work.batches[0], trainer))
         if recompute == "none":
             aggregations: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant", "sum")
+            batch = make_batch(work.batches[0], trainer)
+            results["forward"] = {name: trainer.forward(name, batch).logprobs for name in ("a", "noisy")}
             for aggregation in aggregations:
                 for max_tokens in (30, 46, 512):
                     batch = make_batch(work.batches[0], trainer, max_tokens=max_tokens, aggregation=aggregation)

@@ -1,0 +1,88 @@
+"""From the configuration to a running service: the runtime's trainer and engine become a :class:`Backend`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from framework.config import RunConfig
+from framework.errors import ConfigError
+from framework.lora.peft_io import peft_config
+from framework.lora.spec import LoraSpec
+from framework.runtime import Base, load_weights, open_base, open_engine, open_trainer
+from framework.service.launch import Backend, serve
+from framework.service.logs import set_up_logs
+from framework.service.service import Model
+from framework.service.settings import ServiceConfig
+from framework.weight_sync import VersionCounter, WeightSync
+
+log = logging.getLogger(__name__)
+
+
+def open_and_serve(run: RunConfig, service: ServiceConfig) -> None:
+    """Opens trainer and engine and serves until SIGTERM. Every rank calls it.
+
+    Raises:
+        ConfigError: the processes do not form one tensor-parallel group, or a value does not fit.
+    """
+    set_up_logs(service.log_level)
+    backend = open_backend(run, service)
+    if backend.mesh.tp_rank == 0:
+        log.info("starting", extra=facts(run, service, backend))
+    serve(service, backend)
+
+
+def facts(run: RunConfig, service: ServiceConfig, backend: Backend) -> dict[str, object]:
+    """What the first log line says, with the values in force."""
+    return {
+        "model": backend.model.name,
+        "tensor_parallel_size": backend.tp_size,
+        "gpu_memory_utilization": run.engine.gpu_memory_utilization if run.engine.kv_cache_gib is None else None,
+        "kv_cache_gib": run.engine.kv_cache_gib,
+        "max_loras": backend.engine.max_adapters,
+        "max_lora_rank": backend.max_lora_rank,
+        "dtype": run.model.dtype,
+        "trainer": run.trainer.backend,
+        "context_tokens": backend.model.context_tokens,
+        "mode": service.auth,
+        "url": f"http://{service.host}:{service.port}",
+    }
+
+
+def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
+    """The pair of engines of this rank, for adapters up to ``service.max_rank`` on every projection."""
+    peft_config(LoraSpec(), "warm-up")  # importing peft takes seconds; not while tenants wait
+    run = dataclasses.replace(run, lora=LoraSpec(rank=service.max_rank))
+    base = open_base(run)
+    if base.mesh.world_size != base.mesh.tp_size:
+        raise ConfigError(
+            f"the service is one tensor-parallel group: torchrun started {base.mesh.world_size} processes, "
+            f"parallel.tensor_parallel_size={base.mesh.tp_size}; make them equal"
+        )
+    engine = open_engine(run, base)
+    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
+    trainer = open_trainer(run, base, weights)
+    return Backend(
+        trainer=trainer,
+        engine=engine,
+        weight_sync=WeightSync(trainer, engine, VersionCounter(), synchronize=base.device.synchronize),
+        mesh=base.mesh,
+        tp_size=base.mesh.tp_size,
+        vocab_size=base.spec.vocab_size,
+        pad_to_multiple_of=getattr(trainer, "token_multiple", 1),
+        max_lora_rank=service.max_rank,
+        model=_model(run, base, engine.max_prompt_tokens),
+    )
+
+
+def _model(run: RunConfig, base: Base, context_tokens: int) -> Model:
+    from transformers import AutoTokenizer
+
+    return Model(
+        name=run.model.name_or_path,
+        aliases=("base",),
+        arch=base.spec.family,
+        tokenizer_id=run.model.name_or_path,
+        context_tokens=context_tokens,
+        tokenizer=AutoTokenizer.from_pretrained(base.model.path),
+    )

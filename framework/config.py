@@ -60,7 +60,7 @@ class TrainerConfig:
 
     backend: str = "megatron"
     """megatron, or hf (transformers + PEFT, one process, the reference)."""
-    max_tokens_per_microbatch: int = 4096
+    max_tokens_per_microbatch: int = 2048
     """Token budget of one forward and backward."""
     recompute: str = "none"
     """What the backward pass computes again instead of keeping: none, mlp or full."""

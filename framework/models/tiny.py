@@ -28,7 +28,7 @@ def make_tiny_model(
     hidden_size: int = 64,
     num_heads: int = 4,
     num_kv_heads: int = 2,
-    head_dim: int = 16,
+    head_dim: int = 32,
     ffn_size: int = 128,
     tied: bool = True,
     max_position_embeddings: int = 2048,

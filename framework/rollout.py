@@ -41,6 +41,9 @@ class Coordinator(Protocol):
     def run_on_leader(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on the leader; its value or its error on every rank. All ranks of the group call it."""
 
+    def check_lockstep(self, what: str, value: object) -> None:
+        """Raises LockstepError on every rank when ``value`` differs between them. All ranks of the group call it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
@@ -92,7 +95,9 @@ def collect(
         requests = coordinator.run_on_leader(lambda: leader.start(indices, group_size))
         while requests:
             give = leader.give if coordinator.is_leader else None
-            _sample(engine, [replace(request, adapter=ref) for request in requests], give)
+            mine = [replace(request, adapter=ref) for request in requests]
+            coordinator.check_lockstep("generate", [_identity(request) for request in mine])
+            _sample(engine, mine, give)
             requests = coordinator.run_on_leader(leader.next_turn)
         result = coordinator.run_on_leader(lambda: _result(leader, group_size))
     return replace(result, groups=tuple(_with_adapter(group, ref) for group in result.groups))
@@ -179,6 +184,12 @@ def sample_rows(
         )
         rows.append(row)
     return tuple(rows)
+
+
+def _identity(request: SampleRequest) -> tuple[object, ...]:
+    """What must be the same on every rank; the version's content hash is of a rank's own shards and is left out."""
+    version = (request.adapter.name, request.adapter.version) if request.adapter else None
+    return request.request_id, request.prompt.token_ids, request.sampling, version
 
 
 def _sample(

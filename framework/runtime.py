@@ -100,7 +100,13 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
     engine = open_engine(cfg, base)
     weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
     trainer = open_trainer(cfg, base, weights)
-    sync = WeightSync(trainer, engine, VersionCounter(), synchronize=base.device.synchronize)
+    sync = WeightSync(
+        trainer,
+        engine,
+        VersionCounter(),
+        synchronize=base.device.synchronize,
+        check_lockstep=base.mesh.check_lockstep,
+    )
     run_dir = _run_dir(cfg, base)
     return SamplingRuntime(
         base=base,

@@ -36,12 +36,25 @@ class WeightSync:
     """Pushes adapters from the trainer to the engine. Collective in the sense of lockstep, without collectives."""
 
     def __init__(
-        self, trainer: Trainer, engine: RolloutEngine, versions: VersionCounter, *, synchronize: Callable[[], None]
+        self,
+        trainer: Trainer,
+        engine: RolloutEngine,
+        versions: VersionCounter,
+        *,
+        synchronize: Callable[[], None],
+        check_lockstep: Callable[[str, object], None],
     ) -> None:
+        """Wires both sides together.
+
+        Args:
+            synchronize: waits for the device.
+            check_lockstep: compares a value over the tensor-parallel group, see :meth:`Mesh.check_lockstep`.
+        """
         self._trainer = trainer
         self._engine = engine
         self.versions = versions
         self._synchronize = synchronize
+        self._check_lockstep = check_lockstep
         self._current: dict[str, AdapterRef] = {}
 
     def push(self, name: str) -> AdapterRef:
@@ -60,6 +73,7 @@ class WeightSync:
     def publish(self, name: str) -> AdapterRef:
         """Like :meth:`push`, but earlier versions stay; the caller unloads them."""
         spec = self._trainer.adapters()[name]
+        self._check_lockstep("push", (name, spec, self.versions.last + 1))
         shards = self._trainer.adapter_shards(name)
         ref = AdapterRef(name=name, version=self.versions.next(), content_hash=content_hash(shards))
         self._engine.load_adapter(ref, spec, shards)

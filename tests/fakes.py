@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from framework.engine.base import SampleRequest, StepOutput
-from framework.errors import ConfigError
+from framework.errors import ConfigError, LockstepError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion
@@ -125,6 +125,9 @@ class OneRank:
     def run_on_leader(self, work: Callable[[], T]) -> T:
         return work()
 
+    def check_lockstep(self, what: str, value: object) -> None:
+        """One rank cannot disagree."""
+
 
 class ThreadRanks:
     """Coordinators of ``n`` ranks that are threads of this process; they meet at a barrier.
@@ -135,6 +138,7 @@ class ThreadRanks:
     def __init__(self, n: int, *, timeout_s: float = 10.0) -> None:
         self.barrier = threading.Barrier(n, timeout=timeout_s)
         self.outcome: tuple[object, Exception | None] = (None, None)
+        self.values: list[str] = []
         self.ranks = [ThreadRank(self, is_leader=rank == 0) for rank in range(n)]
 
 
@@ -144,6 +148,19 @@ class ThreadRank:
     def __init__(self, group: ThreadRanks, *, is_leader: bool) -> None:
         self._group = group
         self.is_leader = is_leader
+
+    def check_lockstep(self, what: str, value: object) -> None:
+        """Each rank leaves its value; all compare."""
+        self._group.barrier.wait()
+        self._group.values.append(repr(value))
+        self._group.barrier.wait()
+        differ = len(set(self._group.values)) > 1
+        self._group.barrier.wait()
+        if self.is_leader:
+            self._group.values.clear()
+        self._group.barrier.wait()
+        if differ:
+            raise LockstepError(f"the ranks disagree before {what}")
 
     def run_on_leader(self, work: Callable[[], T]) -> T:
         if self.is_leader:

@@ -65,7 +65,13 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
     return Backend(
         trainer=trainer,
         engine=engine,
-        weight_sync=WeightSync(trainer, engine, VersionCounter(), synchronize=base.device.synchronize),
+        weight_sync=WeightSync(
+            trainer,
+            engine,
+            VersionCounter(),
+            synchronize=base.device.synchronize,
+            check_lockstep=base.mesh.check_lockstep,
+        ),
         mesh=base.mesh,
         tp_size=base.mesh.tp_size,
         vocab_size=base.spec.vocab_size,

@@ -373,7 +373,9 @@ def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None =
     return Backend(
         trainer=trainer,
         engine=engine,
-        weight_sync=WeightSync(trainer, engine, VersionCounter(), synchronize=lambda: None),
+        weight_sync=WeightSync(
+            trainer, engine, VersionCounter(), synchronize=lambda: None, check_lockstep=lambda what, value: None
+        ),
         mesh=OneRank(),
         tp_size=1,
         vocab_size=VOCAB,

@@ -39,8 +39,8 @@ def log_gap(inputs: LossInputs) -> Tensor:
 
 def _output(multipliers: Tensor) -> CorrectionOutput:
     metrics = {
-        "correction/multiplier": token_metric(multipliers),
-        "correction/masked_fraction": token_metric((multipliers == 0.0).float()),
+        "policy/correction_multiplier": token_metric(multipliers),
+        "policy/correction_masked_fraction": token_metric((multipliers == 0.0).float()),
     }
     return CorrectionOutput(multipliers=multipliers, metrics=metrics)
 
@@ -70,7 +70,7 @@ class TruncatedImportance:
     def __call__(self, inputs: LossInputs) -> CorrectionOutput:
         ratio = _exp(log_gap(inputs))
         output = _output(ratio.clamp(max=self.high))
-        truncated = {"correction/truncated_fraction": token_metric((ratio > self.high).float())}
+        truncated = {"policy/correction_truncated_fraction": token_metric((ratio > self.high).float())}
         return CorrectionOutput(multipliers=output.multipliers, metrics={**output.metrics, **truncated})
 
 
@@ -137,8 +137,8 @@ class OffPolicyMask:
     so it also sees how far the policy has moved since the sample. A token's own advantage decides its sign.
     """
 
-    high: float = 0.1
-    """Largest mean log ratio in nats per token."""
+    high: float = 0.5
+    """Largest mean log ratio in nats per token; the paper publishes none, TRL suggests this one."""
 
     def __post_init__(self) -> None:
         if self.high <= 0.0:

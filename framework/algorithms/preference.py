@@ -57,10 +57,10 @@ class DPO:
         pairs = float(len(pair_loss))
         chosen, rejected = self.beta * log_ratios.detach()[0::2], self.beta * log_ratios.detach()[1::2]
         metrics = {
-            "dpo/loss": Metric(sum=pair_loss.detach().sum(), count=pairs),
-            "dpo/accuracy": Metric(sum=(chosen > rejected).float().sum(), count=pairs),
-            "dpo/chosen_reward": Metric(sum=chosen.sum(), count=pairs),
-            "dpo/rejected_reward": Metric(sum=rejected.sum(), count=pairs),
-            "dpo/reward_margin": Metric(sum=(chosen - rejected).sum(), count=pairs),
+            "loss/dpo": Metric(sum=pair_loss.detach().sum(), count=pairs),
+            "reward/preference_accuracy": Metric(sum=(chosen > rejected).float().sum(), count=pairs),
+            "reward/chosen": Metric(sum=chosen.sum(), count=pairs),
+            "reward/rejected": Metric(sum=rejected.sum(), count=pairs),
+            "reward/margin": Metric(sum=(chosen - rejected).sum(), count=pairs),
         }
         return LossOutput(per_token=pair_loss[inputs.sequence_ids // 2], metrics=metrics)

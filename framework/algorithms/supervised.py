@@ -55,5 +55,5 @@ class OnPolicyDistillation:
         behaviour = behaviour_logprobs(inputs)
         advantages = reverse_kl_advantages(behaviour, inputs.fields["teacher_logprobs"])
         ratio = token_ratio(inputs.logprobs, behaviour)
-        metrics = {"distill/reverse_kl": token_metric(-advantages), "loss/ratio": token_metric(ratio)}
+        metrics = {"policy/reverse_kl": token_metric(-advantages), "loss/ratio": token_metric(ratio)}
         return LossOutput(per_token=-ratio * advantages, metrics=metrics)

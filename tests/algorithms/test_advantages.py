@@ -78,6 +78,9 @@ def test_batch_normalized_by_hand() -> None:
     root = math.sqrt(3)
     assert batch_normalized(values).tolist() == pytest.approx([1 / root, 1 / root, 1 / root, -3 / root])
     assert batch_normalized(torch.full((5,), 0.3)).abs().max().item() < 1e-11
+    # Below a deviation of 1e-4 noise is not blown up: 1e-5 / 1e-4 = 0.1; above, 1e-3 is of the deviation's size.
+    assert batch_normalized(torch.tensor([1e-5, -1e-5])).tolist() == pytest.approx([0.1, -0.1])
+    assert batch_normalized(torch.tensor([1e-3, -1e-3])).tolist() == pytest.approx([1.0, -1.0])
 
 
 class SumGroup:

@@ -10,6 +10,7 @@ import pytest
 from framework.algorithms.algorithm import Algorithm
 from framework.algorithms.catalog import AlgorithmConfig, algorithm_config, build_algorithm
 from framework.algorithms.datums import with_field
+from framework.metrics import check_metrics
 from framework.types import Rollout, RolloutGroup, StopReason
 
 
@@ -43,6 +44,7 @@ def test_grpo_gives_every_token_its_rollouts_advantage() -> None:
     assert [value.tolist() for value in advantages.values] == [pytest.approx(row) for row in expected]
     assert all(value.dtype == np.float32 for value in advantages.values)
     metrics = {key: (metric.sum, metric.count) for key, metric in advantages.metrics.items()}
+    check_metrics({key: float(total) for key, (total, _) in metrics.items()})
     assert metrics["reward/mean"] == (3.0, 4.0)
     assert metrics["rollout/uninformative_group_fraction"] == (1.0, 2.0)
     assert metrics["rollout/truncated_fraction"] == (0.0, 4.0)

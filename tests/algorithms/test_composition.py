@@ -41,7 +41,7 @@ def test_terms_by_hand() -> None:
     metrics = loss(inputs).metrics
     assert float(metrics["policy/entropy"].sum) == pytest.approx(0.7)
     assert float(metrics["policy/ref_kl"].sum) == pytest.approx(0.08)
-    assert float(metrics["correction/multiplier"].sum) == pytest.approx(1.5)
+    assert float(metrics["policy/correction_multiplier"].sum) == pytest.approx(1.5)
 
 
 def test_entropy_carries_gradient() -> None:

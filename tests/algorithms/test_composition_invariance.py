@@ -29,6 +29,7 @@ from framework.algorithms.preference import DPO
 from framework.algorithms.supervised import CrossEntropy, OnPolicyDistillation
 from framework.algorithms.tinker import TINKER_LOSSES, tinker_loss
 from framework.batching import Example, Microbatch, aggregate, pack, shift
+from framework.metrics import check_metrics
 from framework.types import Datum
 
 VOCAB = 13
@@ -88,6 +89,7 @@ def run(examples: Sequence[Example], loss_fn: LossFn, *, max_tokens: int, keep_t
         loss = (output.per_token * inputs.weights).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
+        check_metrics({key: float(metric.sum) for key, metric in output.metrics.items()})
         for key, metric in output.metrics.items():
             sums[key] = sums.get(key, 0.0) + float(metric.sum)
             sums[f"{key}/count"] = sums.get(f"{key}/count", 0.0) + float(metric.count)

@@ -43,12 +43,12 @@ def test_multipliers_by_hand(correction: Correction, expected: list[float]) -> N
     output = correction(RATIOS)
     assert output.multipliers.tolist() == pytest.approx(expected)
     assert not output.multipliers.requires_grad
-    assert float(output.metrics["correction/masked_fraction"].sum) == expected.count(0.0)
-    assert float(output.metrics["correction/multiplier"].sum) == pytest.approx(sum(expected))
+    assert float(output.metrics["policy/correction_masked_fraction"].sum) == expected.count(0.0)
+    assert float(output.metrics["policy/correction_multiplier"].sum) == pytest.approx(sum(expected))
 
 
 def test_truncated_fraction() -> None:
-    assert float(TruncatedImportance(high=1.45)(RATIOS).metrics["correction/truncated_fraction"].sum) == 2.0
+    assert float(TruncatedImportance(high=1.45)(RATIOS).metrics["policy/correction_truncated_fraction"].sum) == 2.0
 
 
 def test_off_policy_mask_by_hand() -> None:

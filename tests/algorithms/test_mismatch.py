@@ -27,6 +27,11 @@ def test_by_hand() -> None:
     assert mean(mismatch.means["parity/gen_kl_error"]) == pytest.approx(kl)
 
 
+def test_the_largest_difference_has_no_sign() -> None:
+    mismatch = measure_mismatch(torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -1.0]))
+    assert mismatch.maxima["parity/logprob_abs_diff_max"] == 2.0
+
+
 def test_equal_logprobs() -> None:
     mismatch = measure_mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0]))
     assert [mean(metric) for metric in mismatch.means.values()] == [0.0, 0.0, 1.0]

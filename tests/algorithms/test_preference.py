@@ -26,12 +26,12 @@ def test_dpo_by_hand() -> None:
     assert loss == pytest.approx([-math.log(sigmoid(2.5))] * 3)
     assert gradient == pytest.approx([-slope, -slope, slope])
     metrics = DPO(beta=2.0)(inputs).metrics
-    assert float(metrics["dpo/loss"].sum) == pytest.approx(-math.log(sigmoid(2.5)))
-    assert metrics["dpo/loss"].count == 1.0
-    assert float(metrics["dpo/accuracy"].sum) == 1.0
-    assert float(metrics["dpo/chosen_reward"].sum) == pytest.approx(1.5)
-    assert float(metrics["dpo/rejected_reward"].sum) == pytest.approx(-1.0)
-    assert float(metrics["dpo/reward_margin"].sum) == pytest.approx(2.5)
+    assert float(metrics["loss/dpo"].sum) == pytest.approx(-math.log(sigmoid(2.5)))
+    assert metrics["loss/dpo"].count == 1.0
+    assert float(metrics["reward/preference_accuracy"].sum) == 1.0
+    assert float(metrics["reward/chosen"].sum) == pytest.approx(1.5)
+    assert float(metrics["reward/rejected"].sum) == pytest.approx(-1.0)
+    assert float(metrics["reward/margin"].sum) == pytest.approx(2.5)
 
 
 def test_label_smoothing_by_hand() -> None:

@@ -52,7 +52,7 @@ def test_distillation_by_hand() -> None:
     loss, gradient = value_and_gradient(OnPolicyDistillation(), inputs)
     assert loss == pytest.approx([-1.5, 2 * r])
     assert gradient == pytest.approx([-1.5, 2 * r])
-    assert float(OnPolicyDistillation()(inputs).metrics["distill/reverse_kl"].sum) == pytest.approx(0.5)
+    assert float(OnPolicyDistillation()(inputs).metrics["policy/reverse_kl"].sum) == pytest.approx(0.5)
     advantages = reverse_kl_advantages(inputs.sampling_logprobs, inputs.fields["teacher_logprobs"])
     assert advantages.tolist() == pytest.approx([1.5, -2.0])
 

@@ -25,7 +25,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"family": "llama", "tied": False},
     "llama3_rope": {"family": "llama", "tied": True},
     "qwen2": {"family": "qwen2", "tied": True},
-    "qwen3": {"family": "qwen3", "tied": False, "head_dim": 32, "max_shard_size": "100KB"},
+    "qwen3": {"family": "qwen3", "tied": False, "hidden_size": 96, "max_shard_size": "100KB"},
 }
 """``qwen3`` has head_dim * heads != hidden_size, and lies in several files with an index."""
 

@@ -25,7 +25,7 @@ def make_tiny_model(
     tokenizer_path: Path | None = None,
     vocab_size: int = 512,
     num_layers: int = 2,
-    hidden_size: int = 64,
+    hidden_size: int = 128,
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 32,

@@ -16,10 +16,16 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """Reads a Qwen2 config; sliding windows are not supported."""
     if config.get("use_sliding_window", False):
         raise ModelError("config.json: use_sliding_window=true is not supported for Qwen2")
+    fields = common_fields(config)
+    if fields["head_dim"] * fields["num_heads"] != fields["hidden_size"]:
+        raise ModelError(
+            f"config.json: head_dim={fields['head_dim']} times {fields['num_heads']} heads is not "
+            f"hidden_size={fields['hidden_size']}; for Qwen2 the engine assumes that it is"
+        )
     return ModelSpec(
         family="qwen2",
         tied_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=True,
         qk_norm=False,
-        **common_fields(config),
+        **fields,
     )

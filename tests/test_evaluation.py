@@ -44,15 +44,17 @@ def test_pass_at_k_by_hand() -> None:
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
     [
-        # scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
         (8, 10, 0.4901624, 0.9433178),
         (0, 10, 0.0, 0.2775328),
         (128, 128, 0.9708632, 1.0),
         (50, 100, 0.4038315, 0.5961685),
     ],
 )
-def test_wilson_interval_against_known_numbers(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
+def test_wilson_interval_is_where_the_score_test_turns(successes: int, trials: int, low: float, high: float) -> None:
+    bounds = wilson_interval(successes, trials)
+    assert bounds == pytest.approx((low, high), abs=1e-6)
+    for p in bounds:  # |observed - p| is 1.96 standard errors of p
+        assert abs(successes / trials - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / trials), abs=1e-6)
 
 
 def test_mean_interval_by_hand() -> None:

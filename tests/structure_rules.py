@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
     ("algorithms", "lora", "config", "console", "device", "distributed", "metrics", "models", "storage"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
-    ("episodes", "rollout", "weight_sync", "checkpoint"),
+    ("rollout", "evaluation", "weight_sync", "checkpoint"),
     ("runtime",),
     ("service", "client"),
 )

@@ -225,11 +225,11 @@ def _fetch(name: str, *, split: str, config: str | None) -> list[Path]:
         ) from error
     except (transport_error, OfflineModeIsEnabled, OSError) as error:
         try:
-            folder = Path(fetch(local_files_only=True))
+            folder = Path(fetch(local_files_only=True, allow_patterns=[f"{config or '*'}/{split}/*.parquet"]))
         except (LocalEntryNotFoundError, OSError):
             raise DataError(
-                f"data {name}: it is no file or folder here, and no hub answers ({error}). HF_ENDPOINT, "
-                "HF_HUB_OFFLINE and the network decide that"
+                f"data {name}: it is no file or folder here, split {split!r} was not downloaded before, and no hub "
+                f"answers ({error}). HF_ENDPOINT, HF_HUB_OFFLINE and the network decide that"
             ) from error
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.parquet")]
         chosen = choose_files(name, files, split=split, config=config)

@@ -67,6 +67,23 @@ class ArithmeticProblems:
         return SingleTurn(chat=self._chat, messages=messages, row=row, reward=exact_match)
 
 
+def arithmetic(
+    chat: Chat, *, split: Split, seed: int, size: int | None = None, split_seed: int = 0
+) -> ArithmeticProblems:
+    """The builder of the catalog.
+
+    Args:
+        chat: renders the prompts.
+        split: held-out problems are the same whatever ``seed``.
+        seed: which problems ``train`` has, and their order.
+        size: how many problems; None is 2000 to train on and 256 held out.
+        split_seed: which sets of numbers are held out.
+    """
+    if split == "heldout":
+        return ArithmeticProblems(chat, split=split, size=size or 256, seed=0, split_seed=split_seed)
+    return ArithmeticProblems(chat, split=split, size=size or 2000, seed=seed, split_seed=split_seed)
+
+
 def _question(numbers: tuple[int, ...]) -> str:
     return f"Largest of {', '.join(map(str, numbers))}?"
 

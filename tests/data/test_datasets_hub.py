@@ -113,7 +113,7 @@ def test_a_split_is_downloaded_and_serves_without_a_hub_later(tmp_path: Path) ->
     downloaded = [path.relative_to(tmp_path).parts[-3:] for path in tmp_path.rglob("snapshots/**/*.parquet")]
     assert sorted(downloaded) == [("main", "train", "0000.parquet"), ("main", "train", "0001.parquet")]
     assert show("a/b", "train", tmp_path, NOWHERE) == "[1, 2, 3]"
-    assert "there is no split 'test'" in show("a/b", "test", tmp_path, NOWHERE)
+    assert "split 'test' was not downloaded before, and no hub answers" in show("a/b", "test", tmp_path, NOWHERE)
 
 
 def test_what_the_hub_does_not_have_is_one_clear_error(tmp_path: Path) -> None:
@@ -126,5 +126,5 @@ def test_what_the_hub_does_not_have_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_no_hub_is_one_clear_error(tmp_path: Path) -> None:
     assert show("c/d", "train", tmp_path, NOWHERE).startswith(
-        "DataError: data c/d: it is no file or folder here, and no hub answers"
+        "DataError: data c/d: it is no file or folder here, split 'train' was not downloaded before, and no hub answers"
     )

@@ -23,7 +23,7 @@ def build_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.futures.loop = asyncio.get_running_loop()
+        service.futures.attach(asyncio.get_running_loop())
         yield
 
     app = FastAPI(title="Tandem", version="1", lifespan=lifespan)

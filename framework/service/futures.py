@@ -6,6 +6,7 @@ Outcomes are in the registry too; here the newest are kept at hand, so that a lo
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ class Futures:
 
     store: Store
     loop: asyncio.AbstractEventLoop | None = None
-    """Set when the HTTP server starts; until then nobody waits."""
+    """Set when the HTTP server runs; until then nobody waits."""
+    attaching: threading.Lock = field(default_factory=threading.Lock)
     pending: dict[str, tuple[str, str, asyncio.Event]] = field(default_factory=dict)
     """(owner, tenant, event) by request id."""
     waiting: Counter[str] = field(default_factory=Counter)
@@ -35,8 +37,16 @@ class Futures:
 
     def deliver(self, outcomes: list[tuple[str, Outcome]]) -> None:
         """Hands over outcomes that are in the registry."""
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.resolve, outcomes)
+        with self.attaching:
+            if self.loop is None:  # after a restart requests may end before the first poll can come
+                self.resolve(outcomes)
+            elif not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(self.resolve, outcomes)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The event loop runs; from now on it is the only one to touch the futures."""
+        with self.attaching:
+            self.loop = loop
 
     def stream(self, request_id: str, index: int, tokens: tuple[int, ...]) -> None:
         """Hands over new tokens of one completion of a sample."""

@@ -55,6 +55,13 @@ class Process:
         self.process.send_signal(number)
         return self.process.wait(timeout=30)
 
+    def outcome(self, request_id: str) -> httpx.Response:
+        """Polls as the SDK does."""
+        while True:
+            answer = httpx.post(self.url + "/api/v1/retrieve_future", json={"request_id": request_id}, timeout=30)
+            if answer.status_code != 408:
+                return answer
+
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         answer: dict[str, Any] = httpx.post(self.url + path, json=body, timeout=30).json()
         return answer
@@ -67,6 +74,15 @@ def process(tmp_path: Path) -> Iterator[Process]:
     if server.process is not None and server.process.poll() is None:
         server.process.kill()
         server.process.wait()
+
+
+def create(url: str, *, seed: int) -> str:
+    """A model without a PEFT folder (importing peft takes each new process seconds)."""
+    session = httpx.post(url + "/api/v1/create_session", json={}).json()["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "lora_config": {"rank": 4, "seed": seed}}
+    created = httpx.post(url + "/api/v1/create_model", json=body).json()
+    httpx.post(url + "/api/v1/retrieve_future", json={"request_id": created["request_id"]}, timeout=30)
+    return str(created["model_id"])
 
 
 def train(client: Client, model_id: str) -> float:
@@ -82,27 +98,27 @@ def test_training_goes_on_where_it_was(
 ) -> None:
     alone = start(config, toy_backend())
     with Client(alone.url) as client:
-        model = client.add_lora(rank=4, seed=5)["model_id"]
+        model = create(alone.url, seed=5)
         expected = [train(client, model) for _ in range(3)]
         client.forward_backward(model, ROWS)
         expected += [train(client, model), train(client, model)]
-        params = {"max_tokens": 8, "seed": 1}
-        completion = client.sample(["abc"], model_id=model, sampling_params=params)["completions"]
     alone.stop()
 
+    params = {"max_tokens": 8, "seed": 1}
     process.snapshot_after_s = snapshot_after_s
     process.start()
     client = process.client
-    model = client.add_lora(rank=4, seed=5)["model_id"]
+    client.list_lora_adapters()  # waits until it is there
+    model = create(process.url, seed=5)
     seen = [train(client, model) for _ in range(3)]
-    pinned = client.sample(["abc"], model_id=f"{model}@2", sampling_params=params)
+    pinned = client.sample(["abc"], model_id=model, sampling_params=params)
+    assert pinned["model_id"] == f"{model}@3"
     client.forward_backward(model, ROWS)  # accumulated, its step comes after the restart
     assert process.end(ending) == (0 if ending == signal.SIGTERM else -signal.SIGKILL)
     process.start()
     seen += [train(client, model), train(client, model)]
     assert seen == expected
-    assert client.sample(["abc"], model_id=model, sampling_params=params)["completions"] == completion
-    assert client.sample(["abc"], model_id=f"{model}@2", sampling_params=params) == pinned
+    assert client.sample(["abc"], model_id=f"{model}@3", sampling_params=params) == pinned
 
 
 def test_what_was_accepted_runs_after_a_kill_under_its_request_id(process: Process) -> None:
@@ -128,7 +144,7 @@ def test_what_was_accepted_runs_after_a_kill_under_its_request_id(process: Proce
     process.seconds_per_call = 0.0
     process.start()
     process.client.list_lora_adapters()
-    done = process.post("/api/v1/retrieve_future", request_id=step["request_id"])
+    done = process.outcome(step["request_id"]).json()
     assert done["metrics"]["step:max"] == 1.0
     assert done["metrics"]["grad_norm:mean"] > 0.0, "the forward_backward before it was repeated"
     assert (
@@ -136,18 +152,18 @@ def test_what_was_accepted_runs_after_a_kill_under_its_request_id(process: Proce
         == (step["request_id"])
     )
     assert process.post("/api/v1/asample", **sample) == accepted
-    found = httpx.post(process.url + "/api/v1/retrieve_future", json={"request_id": accepted["request_id"]}, timeout=30)
-    assert found.status_code == 200
+    assert process.outcome(accepted["request_id"]).status_code == 200
     repeated = httpx.post(process.url + "/forward_backward", json=body, timeout=30, headers={"Idempotency-Key": "one"})
     assert repeated.status_code == 200
-    assert process.post("/api/v1/retrieve_future", request_id=step["request_id"]) == done
+    assert process.outcome(step["request_id"]).json() == done
 
 
 def test_a_kill_at_any_moment_loses_no_answered_step(process: Process, config: ServiceConfig) -> None:
     process.snapshot_after_s = 0.01
     process.start()
     client = process.client
-    model = client.add_lora(rank=2, seed=3)["model_id"]
+    client.list_lora_adapters()
+    model = create(process.url, seed=3)
     seen = []
     for turn in range(12):
         seen.append(train(client, model))
@@ -159,7 +175,7 @@ def test_a_kill_at_any_moment_loses_no_answered_step(process: Process, config: S
             time.sleep(0.1)
     alone = start(config, toy_backend())
     with Client(alone.url) as other:
-        same = other.add_lora(rank=2, seed=3)["model_id"]
+        same = create(alone.url, seed=3)
         assert seen == [train(other, same) for _ in range(12)]
     alone.stop()
 

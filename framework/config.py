@@ -208,10 +208,11 @@ class RunConfig:
     recipe: str = "grpo"
     seed: int = 0
     num_steps: int = 100
-    run_dir: str = "runs/default"
-    """Folder of this run's metrics, checkpoints, adapter and summary."""
-    resume: str | None = None
-    """null starts anew; auto continues from run_dir's newest checkpoint if there is one."""
+    run_dir: str | None = None
+    """Folder of this run's metrics, checkpoints, adapter and summary; null is ``runs/<recipe>/<time>``."""
+    resume: Literal["auto"] | None = None
+    """null starts anew. auto continues from the newest checkpoint in run_dir, or, where run_dir is null, in the newest
+    folder of ``runs/<recipe>`` that has one and no summary; without a checkpoint it starts anew."""
     model: ModelConfig = field(default_factory=ModelConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

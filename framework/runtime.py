@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from framework.config import RunConfig, plain
+from framework.checkpoint import Checkpoint, CheckpointStore
+from framework.config import RunConfig, flatten, plain
 from framework.data.chat import Chat
 from framework.device import DTYPES, Device, open_device
 from framework.distributed import Mesh, open_mesh
@@ -48,6 +50,9 @@ class Runtime:
     chat: Chat
     tracker: Tracker | SilentTracker
     run_dir: Path
+    store: CheckpointStore
+    resumed: Checkpoint | None
+    """What the run continues from."""
 
     @property
     def mesh(self) -> Mesh:
@@ -84,14 +89,7 @@ def open_training(cfg: RunConfig) -> Runtime:
     """A runtime that trains and does not sample."""
     base = open_base(cfg)
     trainer = open_trainer(cfg, base, load_weights(base))
-    run_dir = _run_dir(cfg, base)
-    return Runtime(
-        base=base,
-        trainer=trainer,
-        chat=open_chat(base),
-        tracker=open_tracker(cfg, base, run_dir),
-        run_dir=run_dir,
-    )
+    return Runtime(base=base, trainer=trainer, chat=open_chat(base), **open_records(cfg, base))
 
 
 def open_sampling(cfg: RunConfig) -> SamplingRuntime:
@@ -107,15 +105,13 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
         synchronize=base.device.synchronize,
         check_lockstep=base.mesh.check_lockstep,
     )
-    run_dir = _run_dir(cfg, base)
     return SamplingRuntime(
         base=base,
         trainer=trainer,
         chat=open_chat(base),
-        tracker=open_tracker(cfg, base, run_dir),
-        run_dir=run_dir,
         engine=engine,
         weight_sync=sync,
+        **open_records(cfg, base),
     )
 
 
@@ -146,6 +142,12 @@ def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -
             sequence_parallel=cfg.parallel.sequence_parallel,
             recompute=cfg.trainer.recompute,
         )
+    if cfg.trainer.backend == "hf":
+        from framework.trainer.hf.trainer import HfTrainer
+
+        if base.mesh.world_size > 1:
+            raise ConfigError(f"trainer.backend=hf runs in one process, torchrun started {base.mesh.world_size}")
+        return HfTrainer(base.model.path, device=base.device, dtype=base.dtype)
     raise ConfigError(f"trainer.backend={cfg.trainer.backend!r}: must be 'megatron' or 'hf'")
 
 
@@ -176,18 +178,39 @@ def open_chat(base: Base) -> Chat:
     return Chat(AutoTokenizer.from_pretrained(base.model.path))
 
 
-def open_tracker(cfg: RunConfig, base: Base, run_dir: Path) -> Tracker | SilentTracker:
-    """Rank 0 tracks, the others are silent; a tracker that cannot start ends the run on every rank."""
-    with base.mesh.agree_on_error("starting the tracker"):
-        if base.mesh.rank != 0:
-            return SilentTracker(run_dir)
-        print(f"model {cfg.model.name_or_path}: weights from {base.model.source}", flush=True)
-        return Tracker.start(cfg.tracking, run_dir, plain(cfg), num_steps=cfg.num_steps)
+def open_records(cfg: RunConfig, base: Base) -> dict[str, Any]:
+    """Where the run writes and what it continues: run_dir, store, resumed and tracker, as :class:`Runtime` names them."""
+    mesh = base.mesh
+    run_dir = mesh.all_gather(choose_run_dir(cfg))[0]  # rank 0's: the time in its name differs between ranks
+    store = CheckpointStore(run_dir / "checkpoints", keep=cfg.checkpoint.keep, ranks=mesh)
+    latest = store.latest() if cfg.resume == "auto" else None
+    resumed = store.load(latest, config=flatten(plain(cfg))) if latest is not None else None
+    with mesh.agree_on_error("starting the tracker"):
+        tracker: Tracker | SilentTracker = SilentTracker(run_dir)
+        if mesh.rank == 0:
+            print(f"model {cfg.model.name_or_path}: weights from {base.model.source}", flush=True)
+            if resumed is not None:
+                print(f"continuing after step {resumed.step} from {latest}", flush=True)
+            tracker = Tracker.start(
+                cfg.tracking,
+                run_dir,
+                plain(cfg),
+                num_steps=cfg.num_steps,
+                resume_id=resumed.meta["tracker"] if resumed else None,
+                resume_step=resumed.step if resumed else None,
+            )
+    return {"run_dir": run_dir, "store": store, "resumed": resumed, "tracker": tracker}
 
 
-def _run_dir(cfg: RunConfig, base: Base) -> Path:
-    """Rank 0's choice: the default has the time in its name, which differs between ranks."""
-    return Path(base.mesh.all_gather(cfg.run_dir)[0]).expanduser().absolute()
+def choose_run_dir(cfg: RunConfig) -> Path:
+    """The configured folder; else, with ``resume=auto``, the newest unfinished run's; else a new one named by the time."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir).expanduser().absolute()
+    parent = Path("runs") / cfg.recipe
+    unfinished = [path.parent for path in parent.glob("*/checkpoints") if not (path.parent / "summary.json").exists()]
+    if cfg.resume == "auto" and unfinished:
+        return max(unfinished).absolute()
+    return (parent / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
 
 
 def versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from framework.evaluation import greedy_accuracy
 from framework.lora.peft_io import save_peft
 from framework.metrics import reduce_metrics
 from framework.parity import check_parity, measure_parity
+from framework.progress import StopSignal, begin, end_step
 from framework.rollout import CollectResult, collect, collect_filtered, sample_rows
 from framework.runtime import POLICY, SamplingRuntime, versions
 from framework.timing import PhaseTimer
@@ -33,15 +34,16 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     algorithm = build_algorithm(cfg.algorithm, max_tokens=cfg.sampling.max_tokens)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
-    order = ShuffledOrder(len(problems), seed=cfg.seed)
-    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
+    progress = begin(cfg, rt, ShuffledOrder(len(problems), seed=cfg.seed))
+    stop = StopSignal()
     ref = rt.weight_sync.push(POLICY)
-    accuracy = [evaluate(cfg, rt, heldout, ref, step=0)]
+    if not progress.evaluations:
+        progress.evaluations.append(evaluate(cfg, rt, heldout, ref, step=0))
     history: list[dict[str, float]] = []
-    for step in range(1, cfg.num_steps + 1):
+    for step in range(progress.step + 1, cfg.num_steps + 1):
         timer = PhaseTimer(rt.base.device.synchronize)
         with timer.phase("rollout"):
-            result = sample(cfg, rt, algorithm, problems, order, ref, step)
+            result = sample(cfg, rt, algorithm, problems, progress.order, ref, step)
         datums = algorithm.datums(result.groups)
         if algorithm.needs_ref_logprobs:
             with timer.phase("reference"):
@@ -66,9 +68,12 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         rt.tracker.log(step, metrics)
         history.append(metrics)
         if step == cfg.num_steps or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
-            accuracy.append(evaluate(cfg, rt, heldout, ref, step=step))
+            progress.evaluations.append(evaluate(cfg, rt, heldout, ref, step=step))
             rt.tracker.log_table(step, "rollouts", *table(rt, result))
-    finish(cfg, rt, accuracy, history)
+        progress.step = step
+        if end_step(cfg, rt, progress, stop):
+            return
+    finish(cfg, rt, progress.evaluations, history)
 
 
 def sample(

@@ -18,6 +18,7 @@ from framework.data.supervised import Demonstrations, length_report
 from framework.errors import DataError
 from framework.lora.peft_io import save_peft
 from framework.metrics import reduce_metrics
+from framework.progress import StopSignal, begin, end_step
 from framework.runtime import POLICY, Runtime, versions
 from framework.timing import PhaseTimer
 from framework.types import Datum
@@ -38,16 +39,17 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
             f"nothing is left to train on"
         )
     heldout = [data.datum(index) for index in range(num_train, len(data))]
-    order = ShuffledOrder(num_train, seed=cfg.seed)
-    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
-    losses = [evaluate(cfg, rt, heldout, step=0)]
+    progress = begin(cfg, rt, ShuffledOrder(num_train, seed=cfg.seed))
+    stop = StopSignal()
+    if heldout and not progress.evaluations:
+        progress.evaluations.append(evaluate(cfg, rt, heldout, step=0))
     history: list[dict[str, float]] = []
-    for step in range(1, cfg.num_steps + 1):
+    for step in range(progress.step + 1, cfg.num_steps + 1):
         timer = PhaseTimer(rt.base.device.synchronize)
         with timer.phase("data"):
-            mine = order.next(cfg.data.batch_size)[rt.mesh.dp_rank :: rt.mesh.dp_size]
+            mine = progress.order.next(cfg.data.batch_size)[rt.mesh.dp_rank :: rt.mesh.dp_size]
             datums = [data.datum(index) for index in mine]
-        if step == 1 and rt.mesh.rank == 0:
+        if not history and rt.mesh.rank == 0:
             budget = cfg.trainer.max_tokens_per_microbatch
             print(length_report(datums, max_tokens=cfg.data.max_tokens, max_tokens_per_microbatch=budget), flush=True)
         with timer.phase("forward_backward"):
@@ -62,9 +64,12 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
         metrics |= {"time/tokens_per_s": num_tokens / timer.total()}
         rt.tracker.log(step, metrics)
         history.append(metrics)
-        if step == cfg.num_steps or (cfg.evaluation.every and step % cfg.evaluation.every == 0):
-            losses.append(evaluate(cfg, rt, heldout, step=step))
-    finish(cfg, rt, losses, history)
+        if heldout and (step == cfg.num_steps or (cfg.evaluation.every and step % cfg.evaluation.every == 0)):
+            progress.evaluations.append(evaluate(cfg, rt, heldout, step=step))
+        progress.step = step
+        if end_step(cfg, rt, progress, stop):
+            return
+    finish(cfg, rt, progress.evaluations, history)
 
 
 def batch_of(cfg: RunConfig, rt: Runtime, datums: Sequence[Datum]) -> Batch:
@@ -78,17 +83,15 @@ def batch_of(cfg: RunConfig, rt: Runtime, datums: Sequence[Datum]) -> Batch:
     )
 
 
-def evaluate(cfg: RunConfig, rt: Runtime, heldout: Sequence[Datum], *, step: int) -> float | None:
-    """Mean loss per held-out token; None without held-out rows."""
-    if not heldout:
-        return None
+def evaluate(cfg: RunConfig, rt: Runtime, heldout: Sequence[Datum], *, step: int) -> float:
+    """Logs and returns the mean loss per held-out token."""
     logprobs = rt.trainer.forward(POLICY, batch_of(cfg, rt, heldout)).logprobs
     loss = -sum(float(values.sum()) for values in logprobs) / sum(len(values) for values in logprobs)
     rt.tracker.log(step, {"eval/loss": loss})
     return loss
 
 
-def finish(cfg: RunConfig, rt: Runtime, losses: list[float | None], history: list[dict[str, float]]) -> None:
+def finish(cfg: RunConfig, rt: Runtime, losses: list[float], history: list[dict[str, float]]) -> None:
     """Writes the adapter as a PEFT folder, and ``summary.json``."""
     tensors = rt.trainer.export_adapter(POLICY)
     with rt.mesh.agree_on_error("writing the adapter"):
@@ -103,8 +106,8 @@ def finish(cfg: RunConfig, rt: Runtime, losses: list[float | None], history: lis
     steady = history[1:] or history
     rt.tracker.finish(
         {
-            "eval/loss_start": losses[0],
-            "eval/loss_end": losses[-1],
+            "eval/loss_start": losses[0] if losses else None,
+            "eval/loss_end": losses[-1] if losses else None,
             "num_steps": cfg.num_steps,
             "time/step_s": sum(m["time/step_s"] for m in steady) / max(1, len(steady)),
             "model": cfg.model.name_or_path,

@@ -14,8 +14,8 @@ import torch
 
 from framework.batching import make_batch
 from framework.config import RunConfig, to_typed
+from framework.data.chat import Chat
 from framework.engine.base import SampleRequest, generate
-from framework.environments import catalog
 from framework.environments.base import StepResult
 from framework.errors import FrameworkError
 from framework.runtime import POLICY, SamplingRuntime, open_sampling
@@ -61,7 +61,7 @@ def config(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
         "hardware": {"device": "cpu"},
         "lora": {"rank": 8, "alpha": 12.0},
         "engine": {"max_model_len": 256, "max_num_seqs": 32, "kv_cache_gib": 0.06},
-        "environment": {"name": "even"},
+        "environment": {"name": "tests.recipes.scenario.even_problems"},
         "sampling": {"max_tokens": 12, "temperature": 0.7},
         "rollout": {"prompts_per_step": 4, "group_size": 4},
         "optimizer": {"learning_rate": 2e-3},
@@ -77,14 +77,13 @@ def config(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
     return to_typed(values)
 
 
-def register() -> None:
-    """Makes ``environment.name=even`` known in this process."""
-    catalog.ENVIRONMENTS["even"] = lambda *arguments, **named: EvenProblems()
+def even_problems(chat: Chat, *, split: str, seed: int) -> EvenProblems:
+    """``environment.name=tests.recipes.scenario.even_problems``."""
+    return EvenProblems()
 
 
 def on_ranks(model: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
     """Pushes, samples, compares, then runs the recipe."""
-    register()
     cfg = config(model, run_dir, **overrides)
     rt = open_sampling(cfg)
     seen: dict[str, Any] = {"pushes": _pushes(rt, cfg), "refusals": _refusals(rt)}
@@ -220,5 +219,3 @@ def _refused(call: Any) -> str | None:
     except FrameworkError as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-

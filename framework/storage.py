@@ -89,6 +89,11 @@ def publish_folder(temporary: Path, final: Path) -> None:
     aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
     if final.exists():
         final.rename(aside)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)

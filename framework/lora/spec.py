@@ -26,6 +26,8 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise AdapterError(f"lora.rank={self.rank}: must be at least 1")
+        if not 0.0 < self.alpha < float("inf"):
+            raise AdapterError(f"lora.alpha={self.alpha}: must be positive, or the adapter does nothing")
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"lora.dropout={self.dropout}: must be in [0, 1)")
         unknown = sorted(set(self.targets) - set(TARGETS))

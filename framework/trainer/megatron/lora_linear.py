@@ -135,7 +135,8 @@ class ParallelLinear(nn.Module):
         if not (self.switch.training and factors.dropout):
             return None
         parts = self.mesh.tp_size if isinstance(self, RowParallelLinear) else 1
-        generator = torch.Generator().manual_seed(factors.dropout_seed * 1_000_003 + self.switch.dropout_counter)
+        seed = (factors.dropout_seed * 1_000_003 + self.switch.dropout_counter) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         keep = torch.rand(x.shape[0], x.shape[1] * parts, generator=generator) >= factors.dropout
         if parts > 1:
             keep = keep.chunk(parts, dim=1)[self.mesh.tp_rank]

@@ -125,6 +125,11 @@ class MegatronTrainer:
                 self._switch.dropout_counter = number * self.mesh.dp_size + self.mesh.dp_rank
                 logprobs, entropy = self._logprobs(microbatch, batch.temperature)
                 output = loss_fn(self._loss_inputs(microbatch, logprobs, entropy))
+                if output.per_token.shape != logprobs.shape:
+                    raise ConfigError(
+                        f"the loss function returned per_token of shape {tuple(output.per_token.shape)}; "
+                        f"it must have one entry per scored token, {tuple(logprobs.shape)}"
+                    )
                 total = (output.per_token * microbatch.weights.to(logprobs.device)).sum()
                 total.backward()
                 loss += total.item()

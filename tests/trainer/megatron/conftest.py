@@ -133,7 +133,7 @@ def one_rank(work: Workload, mesh: Mesh, device: Device) -> dict[str, Any]:
 def two_ranks(work: Workload, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of each of two ranks."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    return run_ranks("tests.trainer.megatron.scenario:on_two_ranks", folder, timeout_s=240.0, work=work)
+    return run_ranks("tests.trainer.megatron.scenario:on_two_ranks", folder, timeout_s=500.0, work=work)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from framework.distributed import Mesh
 from framework.trainer.megatron.logprobs import CHUNK_BYTES, VocabShard, logprobs_and_entropy
 
-POSITIONS, HIDDEN, VOCAB = 37, 16, 53
+POSITIONS, HIDDEN, VOCAB = 37, 4, 53
 
 
 def shard(weight: Tensor, mesh: Mesh, *, chunk: int) -> VocabShard:
@@ -52,7 +52,7 @@ def test_values_and_gradients(chunk: int, temperature: float, a: float, b: float
     assert got_hidden.grad is not None
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got_hidden.grad.double(), want_hidden.grad, rtol=1e-4, atol=2e-5)
+    assert (got_hidden.grad - want_hidden.grad).norm() <= 2e-5 * want_hidden.grad.norm()
 
 
 def test_huge_logits_do_not_overflow(mesh: Mesh) -> None:

@@ -298,6 +298,12 @@ def test_a_gradient_that_is_not_finite_makes_no_step(trainer: MegatronTrainer, d
     assert np.isfinite(trainer.optim_step("a", FIVE_STEPS).grad_norm), "the adapter is still usable"
 
 
+def test_a_loss_of_another_shape_is_refused(trainer: MegatronTrainer, datums: list[Datum]) -> None:
+    """``[M, 1]`` would broadcast with the weights to ``[M, M]``."""
+    with pytest.raises(ConfigError, match=r"per_token of shape \(\d+, 1\); it must have one entry per scored token"):
+        trainer.forward_backward("a", make_batch(datums, trainer), lambda i: LossOutput(per_token=i.logprobs[:, None]))
+
+
 def test_an_unknown_recompute_mode_is_refused(tiny: dict[str, Path], mesh: Mesh, device: Device) -> None:
     with pytest.raises(ConfigError, match=r"trainer.recompute='half': must be one of \['none', 'mlp', 'full'\]"):
         open_trainer(tiny["llama"], mesh, device, recompute="half")

@@ -60,6 +60,9 @@ class VllmEngine:
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
+        self._places_of: dict[
+            tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]
+        ] = {}
 
     @property
     def llm_engine(self) -> Any:
@@ -87,18 +90,27 @@ class VllmEngine:
         unknown = sorted(set(shards) - set(rows))
         if unknown:
             raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
-        rank = spec.rank
-        targets, sources = [], []
-        for path, shard in shards.items():
-            targets += [rows[path].a[:rank], rows[path].b[:, :rank]]
-            sources += [shard.a, shard.b]
-        stale = [view for path in rows if path not in shards for view in (rows[path].a, rows[path].b)]
-        stale += [view for path in shards for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
-        torch._foreach_zero_([view for view in stale if view.numel()] or [torch.empty(0)])
+        sources = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
+        targets, stale = self._places(slot, spec.rank, tuple(shards))
+        if stale:
+            torch._foreach_zero_(stale)
         torch._foreach_copy_(targets, sources)
         self._slots.bind(slot, ref.version)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
+
+    def _places(
+        self, slot: int, rank: int, paths: tuple[str, ...]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where an adapter of these modules goes in a slot, and what of the slot must be zero beside it."""
+        key = (slot, rank, paths)
+        if key not in self._places_of:
+            rows = self._slots.rows(slot)
+            targets = [view for path in paths for view in (rows[path].a[:rank], rows[path].b[:, :rank])]
+            whole = [view for path in rows if path not in set(paths) for view in (rows[path].a, rows[path].b)]
+            cut = [view for path in paths for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
+            self._places_of[key] = targets, [view for view in whole + cut if view.numel()]
+        return self._places_of[key]
 
     def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
         if ref.version in self._slot_of:

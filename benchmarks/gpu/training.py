@@ -10,6 +10,7 @@ over 989 TFLOP/s. Recomputation and causality are not counted, there or here.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,9 +142,7 @@ def main() -> None:
     results = []
     for case in args.case:
         try:
-            results.append(
-                run_case(case, device, args.out / "models", args.steps, with_profile=case in args.profile)
-            )
+            results.append(run_case(case, device, Path(tempfile.mkdtemp()), args.steps, with_profile=case in args.profile))
         except torch.OutOfMemoryError as error:
             results.append({"case": case, "tokens_per_s": 0.0, "error": str(error)[:200]})
             torch.cuda.empty_cache()

@@ -60,9 +60,7 @@ class VllmEngine:
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
-        self._places_of: dict[
-            tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]
-        ] = {}
+        self._places_of: dict[tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @property
     def llm_engine(self) -> Any:
@@ -99,9 +97,7 @@ class VllmEngine:
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
 
-    def _places(
-        self, slot: int, rank: int, paths: tuple[str, ...]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _places(self, slot: int, rank: int, paths: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where an adapter of these modules goes in a slot, and what of the slot must be zero beside it."""
         key = (slot, rank, paths)
         if key not in self._places_of:
@@ -122,7 +118,9 @@ class VllmEngine:
         taken = set(self._slot_of.values())
         free = next((slot for slot in range(self.max_adapters) if slot not in taken), None)
         if free is None:
-            raise AdapterError(f"all {self.max_adapters} adapter slots are taken; unload one or raise engine.max_adapters")
+            raise AdapterError(
+                f"all {self.max_adapters} adapter slots are taken; unload one or raise engine.max_adapters"
+            )
         return free
 
     def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
@@ -131,9 +129,7 @@ class VllmEngine:
         if self._slots.bound_id(slot) != ref.version:
             raise AdapterError(f"slot {slot} serves version {self._slots.bound_id(slot)}, not {ref}")
         rank = self._rank_of[ref.version].rank
-        return {
-            path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()
-        }
+        return {path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()}
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         """See :meth:`RolloutEngine.unload_adapter`."""
@@ -161,7 +157,9 @@ class VllmEngine:
             )
         odd = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
         if odd is not None:
-            raise ConfigError(f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}")
+            raise ConfigError(
+                f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}"
+            )
         if request.request_id in self._in_flight:
             raise ConfigError(f"request id {request.request_id} is already in flight")
         self._llm.add_request(
@@ -225,7 +223,9 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
 
     width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
     if width is None:
-        raise ConfigError(f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}")
+        raise ConfigError(
+            f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
+        )
     args = EngineArgs(
         model=str(model_path),
         dtype=str(dtype).removeprefix("torch."),

@@ -118,9 +118,7 @@ class AdapterState:
         by_parent: dict[str, list[Projection]] = {}
         for p in self.projections:
             by_parent.setdefault(p.parent, []).append(p)
-        return {
-            parent: self._fused(index, members, grad) for index, (parent, members) in enumerate(by_parent.items())
-        }
+        return {parent: self._fused(index, members, grad) for index, (parent, members) in enumerate(by_parent.items())}
 
     def _fused(self, index: int, members: list[Projection], grad: Tensor) -> ModuleFactors:
         r = self.spec.rank

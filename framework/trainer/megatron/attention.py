@@ -117,9 +117,7 @@ def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]
         gather = starts + column.minimum(lengths - 1)
         source = (column < lengths).flatten().nonzero().flatten()
         buckets.append(
-            Bucket(
-                gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device)
-            )
+            Bucket(gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device))
         )
     return tuple(buckets)
 

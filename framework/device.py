@@ -32,6 +32,8 @@ class Device:
     reset_peak_memory: Callable[[], None]
     varlen_attention: bool
     """Whether torch has a variable-length attention kernel for it."""
+    compiles_kernels: bool
+    """Whether Triton compiles for it."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -69,6 +71,7 @@ def _cpu() -> Device:
         peak_memory_allocated=lambda: 0,
         reset_peak_memory=lambda: None,
         varlen_attention=False,
+        compiles_kernels=False,
         shares_weights=False,
     )
 
@@ -85,5 +88,6 @@ def _cuda(local_rank: int) -> Device:
         peak_memory_allocated=lambda: torch.cuda.max_memory_allocated(device),
         reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
         varlen_attention=True,
+        compiles_kernels=True,
         shares_weights=True,
     )

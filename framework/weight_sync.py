@@ -8,7 +8,7 @@ the trainer's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -85,27 +85,36 @@ class WeightSync:
 def content_hash(shards: Mapping[str, LoraShard]) -> str:
     """Digest of this rank's factors in module order: names, shapes and a sum over bit patterns, made on the device.
 
-    The sum weighs each 16-bit (or 32-bit) pattern by its position, modulo 2**63, so that moved values change it.
+    The sum weighs each word of eight bytes by its place, with odd weights, modulo 2**64: a changed word always changes
+    it, moved values change it.
     """
     digest = hashlib.blake2b(digest_size=8)
-    factors = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
     for path, shard in shards.items():
         digest.update(f"{path}{tuple(shard.a.shape)}{tuple(shard.b.shape)}".encode())
-    digest.update(str(int(_pattern_sum(factors))).encode())
+    digest.update(str(int(_pattern_sum(_words(_factors(shards.values()))))).encode())
     return digest.hexdigest()
 
 
-def _pattern_sum(factors: list[Tensor]) -> Tensor:
+def _factors(shards: Iterable[LoraShard]) -> list[Tensor]:
+    return [factor for shard in shards for factor in (shard.a, shard.b)]
+
+
+def _words(factors: list[Tensor]) -> Tensor:
+    """``[n]`` int64: the factors' bytes end to end, filled up with zeros to whole words; one gather on the device."""
     flat = torch.cat([factor.reshape(-1) for factor in factors])
-    patterns = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).to(torch.int64)
-    positions = torch.arange(1, len(patterns) + 1, device=flat.device) * 2654435761
-    return (patterns * positions).sum()
+    spare = -flat.nbytes % 8 // flat.element_size()
+    return (torch.cat([flat, flat.new_zeros(spare)]) if spare else flat).view(torch.int64)
+
+
+def _pattern_sum(words: Tensor) -> Tensor:
+    weights = torch.arange(1, 2 * len(words), 2, device=words.device) * 2654435761
+    return (words * weights).sum()
 
 
 def check_delivery(
     ref: AdapterRef, spec: LoraSpec, pushed: Mapping[str, LoraShard], held: Mapping[str, LoraShard]
 ) -> None:
-    """Compares a slot with what was pushed into it, on this rank.
+    """Compares a slot with what was pushed into it, on this rank: bit for bit, in one pass and one wait.
 
     Args:
         ref: for the message.
@@ -120,11 +129,18 @@ def check_delivery(
     for problem, paths in (("was not pushed", wanted - set(pushed)), ("has no slot", set(pushed) - set(held))):
         if paths:
             raise DeliveryError(f"{ref}: {sorted(paths)[0]} {problem} ({len(paths)} modules in all)")
-    pairs = [(path, getattr(held[path], f), getattr(shard, f)) for path, shard in pushed.items() for f in ("a", "b")]
-    extra = [(path, getattr(held[path], f)) for path in set(held) - set(pushed) for f in ("a", "b")]
-    verdicts = [torch.equal(mine, theirs) for _, mine, theirs in pairs]
-    if not all(verdicts):
-        raise DeliveryError(f"{ref}: the engine's slot differs from the trainer's shard in {pairs[verdicts.index(False)][0]}")
-    for path, tensor in extra:
-        if tensor.any():
-            raise DeliveryError(f"{ref}: {path} has no adapter, but its slot is not zero")
+    for path, shard in pushed.items():
+        if held[path].a.shape != shard.a.shape or held[path].b.shape != shard.b.shape:
+            raise DeliveryError(f"{ref}: {path} has another shape in the engine's slot than in the trainer")
+    stray = [path for path in held if path not in pushed]
+    mine, theirs = _words(_factors(pushed.values())), _words(_factors(held[path] for path in pushed))
+    wrong = (mine != theirs).any()
+    if stray:
+        wrong = wrong | _words(_factors(held[path] for path in stray)).any()
+    if not wrong:
+        return
+    for path, shard in pushed.items():
+        if not torch.equal(_words(_factors([shard])), _words(_factors([held[path]]))):
+            raise DeliveryError(f"{ref}: the engine's slot differs from the trainer's shard in {path}")
+    odd = next(path for path in stray if _words(_factors([held[path]])).any())
+    raise DeliveryError(f"{ref}: {odd} has no adapter, but its slot is not zero")

@@ -60,6 +60,7 @@ class VllmEngine:
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
+        self._places_of: dict[tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @property
     def llm_engine(self) -> Any:
@@ -87,18 +88,25 @@ class VllmEngine:
         unknown = sorted(set(shards) - set(rows))
         if unknown:
             raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
-        rank = spec.rank
-        targets, sources = [], []
-        for path, shard in shards.items():
-            targets += [rows[path].a[:rank], rows[path].b[:, :rank]]
-            sources += [shard.a, shard.b]
-        stale = [view for path in rows if path not in shards for view in (rows[path].a, rows[path].b)]
-        stale += [view for path in shards for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
-        torch._foreach_zero_([view for view in stale if view.numel()] or [torch.empty(0)])
+        sources = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
+        targets, stale = self._places(slot, spec.rank, tuple(shards))
+        if stale:
+            torch._foreach_zero_(stale)
         torch._foreach_copy_(targets, sources)
         self._slots.bind(slot, ref.version)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
+
+    def _places(self, slot: int, rank: int, paths: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where an adapter of these modules goes in a slot, and what of the slot must be zero beside it."""
+        key = (slot, rank, paths)
+        if key not in self._places_of:
+            rows = self._slots.rows(slot)
+            targets = [view for path in paths for view in (rows[path].a[:rank], rows[path].b[:, :rank])]
+            whole = [view for path in rows if path not in set(paths) for view in (rows[path].a, rows[path].b)]
+            cut = [view for path in paths for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
+            self._places_of[key] = targets, [view for view in whole + cut if view.numel()]
+        return self._places_of[key]
 
     def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
         if ref.version in self._slot_of:
@@ -110,7 +118,9 @@ class VllmEngine:
         taken = set(self._slot_of.values())
         free = next((slot for slot in range(self.max_adapters) if slot not in taken), None)
         if free is None:
-            raise AdapterError(f"all {self.max_adapters} adapter slots are taken; unload one or raise engine.max_adapters")
+            raise AdapterError(
+                f"all {self.max_adapters} adapter slots are taken; unload one or raise engine.max_adapters"
+            )
         return free
 
     def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
@@ -119,9 +129,7 @@ class VllmEngine:
         if self._slots.bound_id(slot) != ref.version:
             raise AdapterError(f"slot {slot} serves version {self._slots.bound_id(slot)}, not {ref}")
         rank = self._rank_of[ref.version].rank
-        return {
-            path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()
-        }
+        return {path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()}
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         """See :meth:`RolloutEngine.unload_adapter`."""
@@ -149,7 +157,9 @@ class VllmEngine:
             )
         odd = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
         if odd is not None:
-            raise ConfigError(f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}")
+            raise ConfigError(
+                f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}"
+            )
         if request.request_id in self._in_flight:
             raise ConfigError(f"request id {request.request_id} is already in flight")
         self._llm.add_request(
@@ -213,7 +223,9 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
 
     width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
     if width is None:
-        raise ConfigError(f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}")
+        raise ConfigError(
+            f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
+        )
     args = EngineArgs(
         model=str(model_path),
         dtype=str(dtype).removeprefix("torch."),

@@ -84,6 +84,7 @@ class SlotTable:
             parent, _, leaf = path.rpartition(".")
             for index, member in enumerate(packed.get(leaf, [leaf])):
                 self._layers[f"{parent}.{member}"] = (layer, index)
+        self._rows = tuple(self._views(slot) for slot in range(self.num_slots))
 
     @property
     def num_slots(self) -> int:
@@ -101,7 +102,10 @@ class SlotTable:
         return tuple(self._layers)
 
     def rows(self, slot: int) -> Mapping[str, SlotRows]:
-        """Views of one slot, by HF module path."""
+        """Views of one slot, by HF module path; made once, for a push has no time to make a thousand of them."""
+        return self._rows[slot]
+
+    def _views(self, slot: int) -> Mapping[str, SlotRows]:
         return {
             path: SlotRows(a=layer.lora_a_stacked[index][slot, 0], b=layer.lora_b_stacked[index][slot, 0])
             for path, (layer, index) in self._layers.items()
@@ -149,14 +153,17 @@ def drop_kv_cache(llm_engine: Any) -> None:
     """Gives the KV cache's memory back and keeps the weights where they are. Needs ``enable_sleep_mode``."""
     from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
 
-    allocator = CuMemAllocator.get_instance()
-    for data in allocator.pointer_to_data.values():
-        if data.tag == "kv_cache":
+    for data in CuMemAllocator.get_instance().pointer_to_data.values():
+        if data.tag == "kv_cache" and not data.is_asleep:
             unmap_and_release(data.handle)
+            data.is_asleep = True
 
 
 def restore_kv_cache(llm_engine: Any) -> None:
-    """Takes the KV cache's memory again through the worker, whose hook puts the cache into a known state."""
+    """Takes the KV cache's memory again through the worker, whose hook puts the cache into a known state.
+
+    Cached prefixes are forgotten: their keys and values are gone.
+    """
     executor = llm_engine.engine_core.engine_core.model_executor
     executor.driver_worker.wake_up(["kv_cache"])
-    llm_engine.reset_prefix_cache()
+    assert llm_engine.reset_prefix_cache(), "vLLM kept its prefix cache over a sleep"

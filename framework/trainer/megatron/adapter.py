@@ -69,6 +69,10 @@ class AdapterState:
         for p in self.projections:
             a = init_a(p.path, rank=spec.rank, in_features=p.in_features, seed=seed)
             self.a[p.path].view(self.master).copy_(a if p.column_parallel else self._columns(a))
+        self._shards = {
+            p.path: LoraShard(a=self.a[p.path].view(self.weights), b=self.b[p.path].view(self.weights))
+            for p in self.projections
+        }
         self.publish()
 
     def _lay_out(self) -> tuple[slice, slice, int]:
@@ -114,9 +118,7 @@ class AdapterState:
         by_parent: dict[str, list[Projection]] = {}
         for p in self.projections:
             by_parent.setdefault(p.parent, []).append(p)
-        return {
-            parent: self._fused(index, members, grad) for index, (parent, members) in enumerate(by_parent.items())
-        }
+        return {parent: self._fused(index, members, grad) for index, (parent, members) in enumerate(by_parent.items())}
 
     def _fused(self, index: int, members: list[Projection], grad: Tensor) -> ModuleFactors:
         r = self.spec.rank
@@ -198,11 +200,8 @@ class AdapterState:
         return float((replicated + sharded).sqrt())
 
     def shards(self) -> dict[str, LoraShard]:
-        """This rank's factors as the engine takes them, in module order."""
-        return {
-            p.path: LoraShard(a=self.a[p.path].view(self.weights), b=self.b[p.path].view(self.weights))
-            for p in self.projections
-        }
+        """This rank's factors as the engine takes them, in module order; the same views every time."""
+        return self._shards
 
     def gather(self) -> dict[str, Tensor]:
         """Whole unscaled fp32 factors by PEFT's names, on the CPU. All ranks of the tensor-parallel group must call."""

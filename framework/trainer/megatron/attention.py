@@ -12,8 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framework.models.spec import ModelSpec, RopeScaling
+from framework.trainer.megatron import pointwise
+
+
+ATTENTION_OPERATORS = (
+    torch.ops.aten._flash_attention_forward.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+)
+"""What :func:`attend` may run; elsewhere than on a GPU torch spells it differently, and it is computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,18 +117,14 @@ def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]
         gather = starts + column.minimum(lengths - 1)
         source = (column < lengths).flatten().nonzero().flatten()
         buckets.append(
-            Bucket(
-                gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device)
-            )
+            Bucket(gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device))
         )
     return tuple(buckets)
 
 
 def rotate(x: Tensor, packed: PackedPlan) -> Tensor:
-    """Rotary embedding (Su et al. 2021) in the half-split form HF uses. ``x`` is ``[T, heads, head_dim]``."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
-    return x * packed.cos + swapped * packed.sin
+    """Rotates ``[T, heads, head_dim]`` by the plan's angles."""
+    return pointwise.rotate(x, packed.cos, packed.sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
@@ -149,19 +155,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # needs a GPU build
-
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        packed.cu_seqlens,
-        packed.cu_seqlens,
-        packed.max_seqlen,
-        packed.max_seqlen,
-        window_size=(-1, 0),
-    )
-    return out.flatten(1)
+    """torch's variable-length flash kernel, by the operator itself: ``varlen_attn`` of torch 2.11 refuses grouped heads,
+    which the kernel and its backward know. One sequence alone goes to whichever kernel torch finds fastest for it."""
+    if len(packed.cu_seqlens) == 2:
+        dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            out = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1).flatten(1)
+    lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0].flatten(1)

@@ -21,8 +21,6 @@ def initialize(device: Device, mesh: Mesh) -> None:
         return
     if device.kind == "cpu":
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=mesh.tp_size, create_gloo_process_groups=False
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=mesh.tp_size, create_gloo_process_groups=False)
     # This tracker's fork() does nothing: no module of ours draws from Megatron's random states.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from framework.distributed import Mesh
 from framework.models.layout import LAYER
 from framework.models.spec import ModelSpec
-from framework.trainer.megatron.attention import PackedPlan, attend, rotate
+from framework.trainer.megatron.attention import ATTENTION_OPERATORS, PackedPlan, attend
 from framework.trainer.megatron.lora_linear import ColumnParallelLinear, LoraSwitch, RowParallelLinear
+from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,9 @@ class LayerContext:
     switch: LoraSwitch
     sequence_parallel: bool
     recompute: str
-    """``none``, ``mlp`` or ``full``: what is computed again in the backward pass instead of kept."""
+    """What is computed again in the backward pass instead of kept: ``none``, ``mlp``, ``all_but_attention`` (which keeps
+    the attention's output, the dearest to compute again in long sequences) or ``full``."""
+    pointwise: Pointwise
 
 
 class RMSNorm(nn.Module):
@@ -37,15 +40,18 @@ class RMSNorm(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, config: TransformerConfig | None, hidden_size: int, eps: float) -> None:
+    def __init__(
+        self, config: TransformerConfig | None, hidden_size: int, eps: float, pointwise: Pointwise = PLAIN
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.hidden_size = hidden_size
+        self.pointwise = pointwise
         self.register_buffer("weight", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden] -> [..., hidden]``, statistics in float32."""
-        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+        return self.pointwise.rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -54,9 +60,9 @@ class SelfAttention(nn.Module):
     def __init__(self, prefix: str, context: LayerContext) -> None:
         super().__init__()
         spec, mesh = context.spec, context.mesh
-        self.head_dim = spec.head_dim
-        self.num_heads = spec.num_heads // mesh.tp_size
-        self.num_kv_heads = spec.num_kv_heads // mesh.tp_size
+        tp = mesh.tp_size
+        self.heads = Heads(query=spec.num_heads // tp, kv=spec.num_kv_heads // tp, dim=spec.head_dim, eps=spec.norm_eps)
+        self.pointwise = context.pointwise
         shared = {"mesh": mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
         self.qkv_proj = ColumnParallelLinear(prefix + "qkv_proj", **shared)
         self.o_proj = RowParallelLinear(prefix + "o_proj", **shared)
@@ -65,12 +71,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, packed: PackedPlan) -> Tensor:
         """``[T or T/tp, hidden] -> [T or T/tp, hidden]``."""
-        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        rotated = rotate(torch.cat([q, k], dim=1), packed)
-        q, k = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
+        q_weight = None if self.q_norm is None else self.q_norm.weight
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        qkv = self.qkv_proj(x)
+        q, k, v = self.pointwise.norm_and_rotate(qkv, q_weight, k_weight, packed.cos, packed.sin, self.heads)
         return self.o_proj(attend(q, k, v, packed))
 
 
@@ -80,13 +84,13 @@ class MLP(nn.Module):
     def __init__(self, prefix: str, context: LayerContext) -> None:
         super().__init__()
         shared = {"mesh": context.mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
+        self.pointwise = context.pointwise
         self.gate_up_proj = ColumnParallelLinear(prefix + "gate_up_proj", **shared)
         self.down_proj = RowParallelLinear(prefix + "down_proj", **shared)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T or T/tp, hidden] -> [T or T/tp, hidden]``."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.pointwise.swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(MegatronModule, BaseTransformerLayer):
@@ -101,9 +105,9 @@ class DecoderLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number
         self.recompute = context.recompute
         spec = context.spec
-        self.input_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps)
+        self.input_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps, context.pointwise)
         self.self_attn = SelfAttention(prefix + "self_attn.", context)
-        self.post_attention_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps)
+        self.post_attention_layernorm = RMSNorm(None, spec.hidden_size, spec.norm_eps, context.pointwise)
         self.mlp = MLP(prefix + "mlp.", context)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedPlan, **megatron: Any) -> tuple[Tensor, None]:
@@ -115,6 +119,8 @@ class DecoderLayer(MegatronModule, BaseTransformerLayer):
             x = x.detach().requires_grad_()  # the frozen embedding gives no graph; the first layer starts one
         if self.recompute == "full":
             x = _recomputed(self._layer, x, packed_seq_params)
+        elif self.recompute == "all_but_attention":
+            x = _recomputed(self._layer, x, packed_seq_params, keep=ATTENTION_OPERATORS)
         else:
             x = self._layer(x, packed_seq_params)
         return x[:, None], None
@@ -129,6 +135,10 @@ class DecoderLayer(MegatronModule, BaseTransformerLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _recomputed(function: Any, *inputs: Any) -> Tensor:
-    """Runs ``function`` keeping only its inputs. No random state is saved: dropout masks come from counters."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(function: Any, *inputs: Any, keep: tuple[Any, ...] = ()) -> Tensor:
+    """Runs ``function`` keeping only its inputs and the results of the operators in ``keep``.
+
+    No random state is saved: dropout masks come from counters.
+    """
+    context = partial(create_selective_checkpoint_contexts, list(keep)) if keep else noop_context_fn
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context)

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Of one chunk's fp32 logits on a rank."""
+from framework.trainer.megatron.pointwise import PLAIN, Pointwise, VocabGradient
+
+CHUNK_BYTES = PLAIN.chunk_bytes
+"""Of one chunk's fp32 logits on a rank, where there are no kernels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +35,11 @@ class VocabShard:
     """Rows with padding, the same on every rank, so that all ranks cut the same chunks."""
     group: dist.ProcessGroup
     group_size: int
+    pointwise: Pointwise = PLAIN
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
-        """Runs of positions whose fp32 logits fit :data:`CHUNK_BYTES`."""
-        size = max(1, CHUNK_BYTES // (4 * self.padded_rows))
+        """Runs of positions whose fp32 logits fit the pointwise functions' chunk."""
+        size = max(1, self.pointwise.chunk_bytes // (4 * self.padded_rows))
         for begin in range(0, num_positions, size):
             yield slice(begin, min(begin + size, num_positions))
 
@@ -56,17 +59,14 @@ class _Logprobs(torch.autograd.Function):
         log_z = torch.empty(count, dtype=torch.float32, device=hidden.device)
         mean_z, picked = torch.empty_like(log_z), torch.empty_like(log_z)
         for part in shard.chunks(count):
-            z = _logits(hidden[part], shard, temperature)
-            top = shard.reduce(z.amax(dim=1), dist.ReduceOp.MAX)
-            local = targets[part] - shard.start
-            mine = (local >= 0) & (local < z.shape[1])
-            target_z = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * mine
-            weights = (z - top[:, None]).exp_()
-            sums = torch.stack([weights.sum(dim=1), (weights * z).sum(dim=1), target_z])
-            total, weighted, target_z = shard.reduce(sums)
+            logits = hidden[part] @ shard.weight.t()
+            stats = shard.pointwise.vocab_stats(logits, targets[part] - shard.start, temperature)
+            top = shard.reduce(stats.top.clone(), dist.ReduceOp.MAX)
+            share = (stats.top - top).exp()
+            sums = torch.stack([stats.total * share, stats.weighted * share, stats.picked])
+            total, weighted, picked[part] = shard.reduce(sums)
             log_z[part] = top + total.log()
             mean_z[part] = weighted / total
-            picked[part] = target_z
         entropy = log_z - mean_z
         ctx.save_for_backward(hidden, targets, log_z, entropy)
         ctx.shard, ctx.temperature = shard, temperature
@@ -77,27 +77,18 @@ class _Logprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grads
         hidden, targets, log_z, entropy = ctx.saved_tensors
         shard: VocabShard = ctx.shard
-        has_entropy = bool(grad_entropy.any())
         grad_hidden = torch.empty_like(hidden)
         for part in shard.chunks(len(targets)):
-            log_p = _logits(hidden[part], shard, ctx.temperature).sub_(log_z[part][:, None])
-            p = log_p.exp()
-            if has_entropy:
-                scale = -grad_entropy[part][:, None] * (log_p + entropy[part][:, None])
-                grad_z = p * (scale - grad_logprobs[part][:, None])
-            else:
-                grad_z = p.mul_(-grad_logprobs[part][:, None])
-            local = targets[part] - shard.start
-            rows = torch.nonzero((local >= 0) & (local < grad_z.shape[1])).squeeze(1)
-            grad_z[rows, local[rows]] += grad_logprobs[part][rows]
-            grad_hidden[part] = (grad_z / ctx.temperature).to(hidden.dtype) @ shard.weight
+            logits = hidden[part] @ shard.weight.t()
+            grads_of_part = VocabGradient(
+                log_z=log_z[part],
+                entropy=entropy[part],
+                grad_logprobs=grad_logprobs[part],
+                grad_entropy=grad_entropy[part],
+            )
+            grad = shard.pointwise.vocab_gradient(logits, targets[part] - shard.start, ctx.temperature, grads_of_part)
+            torch.mm(grad, shard.weight, out=grad_hidden[part])
         return grad_hidden, None, None, None
-
-
-def _logits(hidden: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """``[n, rows]`` float32 logits divided by the temperature; a matrix product in the compute dtype, like the engine's."""
-    z = (hidden @ shard.weight.t()).float()
-    return z if temperature == 1.0 else z.div_(temperature)
 
 
 def logprobs_and_entropy(

@@ -67,6 +67,7 @@ def build_model(context: LayerContext, dtype: torch.dtype) -> GPTModel:
             position_embedding_type="none",
         )
     model.output_layer = HiddenStates()
+    model.decoder.final_layernorm.pointwise = context.pointwise  # Megatron builds this one, with its own arguments
     model.requires_grad_(False)
     return model
 

@@ -26,9 +26,10 @@ from framework.trainer.megatron.layers import LayerContext
 from framework.trainer.megatron.logprobs import VocabShard, logprobs_and_entropy
 from framework.trainer.megatron.lora_linear import LoraSwitch
 from framework.trainer.megatron.model import bind_weights, build_model
+from framework.trainer.megatron.pointwise import PLAIN, Pointwise
 from framework.types import AdamParams
 
-RECOMPUTE = ("none", "mlp", "full")
+RECOMPUTE = ("none", "mlp", "all_but_attention", "full")
 
 
 class MegatronTrainer:
@@ -69,13 +70,19 @@ class MegatronTrainer:
             switch=self._switch,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
+            pointwise=_pointwise(device),
         )
         self._model = build_model(context, dtype)
         head = bind_weights(self._model, weights)
         start = mesh.tp_rank * len(head)
         rows = min(max(spec.vocab_size - start, 0), len(head))
         self._vocab = VocabShard(
-            weight=head[:rows], start=start, padded_rows=len(head), group=mesh.tp_group, group_size=mesh.tp_size
+            weight=head[:rows],
+            start=start,
+            padded_rows=len(head),
+            group=mesh.tp_group,
+            group_size=mesh.tp_size,
+            pointwise=context.pointwise,
         )
         self._frequencies = inverse_frequencies(spec).to(device.torch_device)
         self._adapters: dict[str, AdapterState] = {}
@@ -253,7 +260,7 @@ class MegatronTrainer:
         )
         device = hidden.device
         scored, targets = microbatch.scored.to(device), microbatch.target_ids.to(device)
-        return logprobs_and_entropy(hidden[scored], targets, self._vocab, temperature)
+        return logprobs_and_entropy(hidden.index_select(0, scored), targets, self._vocab, temperature)
 
     def _loss_inputs(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
         device = logprobs.device
@@ -265,6 +272,14 @@ class MegatronTrainer:
             num_sequences=microbatch.num_sequences,
             fields={name: values.to(device) for name, values in microbatch.fields.items()},
         )
+
+
+def _pointwise(device: Device) -> Pointwise:
+    if not device.compiles_kernels:
+        return PLAIN
+    from framework.trainer.megatron.kernels import KERNELS  # needs a kernel compiler
+
+    return KERNELS
 
 
 def _merge(metrics: dict[str, Metric], new: Mapping[str, Metric]) -> None:

@@ -80,6 +80,8 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func._schema.returns and func._schema.returns[0].alias_info is not None:
+            return result  # a view: the transposed weight
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCAB:
                 self.elements = max(self.elements, tensor.numel())

@@ -1,0 +1,133 @@
+"""Each Triton kernel against the plain function in float64, and in bfloat16 no further from it than plain bfloat16 is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from framework.trainer.megatron.attention import attend, plan
+from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise, VocabGradient
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def kernels() -> Pointwise:
+    from framework.trainer.megatron.kernels import KERNELS
+
+    return KERNELS
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=torch.accelerator.current_accelerator(), dtype=torch.float64).to(dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def results(function: Callable[..., Any], inputs: Sequence[Any], seed: int = 1) -> list[Tensor]:
+    """Outputs, then gradients of the first input for a fixed random cotangent."""
+    x = inputs[0].detach().clone().requires_grad_()
+    out = function(x, *inputs[1:])
+    outs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
+    torch.autograd.backward(outs, cotangents)
+    assert x.grad is not None
+    return [*(o.detach() for o in outs), x.grad]
+
+
+def check(plain: Callable[..., Any], fast: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype) -> None:
+    exact = results(plain, [x.double() if isinstance(x, Tensor) else x for x in inputs])
+    fast_results, plain_results = results(fast, inputs), results(plain, inputs)
+    for truth, ours, theirs in zip(exact, fast_results, plain_results, strict=True):
+        assert ours.dtype is dtype
+        assert error(ours, truth) <= max(1.5 * error(theirs, truth), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [128, 576, 2560, 4096])
+def test_rms_norm(size: int, dtype: torch.dtype, kernels: Pointwise) -> None:
+    inputs = [draw(300, size, dtype=dtype), draw(size, dtype=dtype), 1e-5]
+    check(PLAIN.rms_norm, kernels.rms_norm, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 1536, 9728])
+def test_swiglu(size: int, dtype: torch.dtype, kernels: Pointwise) -> None:
+    check(PLAIN.swiglu, kernels.swiglu, [draw(300, 2 * size, dtype=dtype)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_norm_and_rotate(dim: int, norm: bool, dtype: torch.dtype, kernels: Pointwise) -> None:
+    heads = Heads(query=6, kv=2, dim=dim, eps=1e-6)
+    angles = draw(257, dim // 2, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    weights = [draw(dim, dtype=dtype) if norm else None for _ in range(2)]
+    tables = [torch.cat([cos, cos], -1)[:, None].to(dtype), torch.cat([-sin, sin], -1)[:, None].to(dtype)]
+    check(
+        PLAIN.norm_and_rotate,
+        kernels.norm_and_rotate,
+        [draw(257, 10 * dim, dtype=dtype), *weights, *tables, heads],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_vocabulary(temperature: float, dtype: torch.dtype, kernels: Pointwise) -> None:
+    rows, n = 50003, 70
+    logits = 3 * draw(n, rows, dtype=dtype)
+    targets = torch.randint(-100, rows + 100, (n,), device=logits.device)
+    want, got = (f.vocab_stats(logits, targets, temperature) for f in (PLAIN, kernels))
+    for field in ("top", "total", "weighted", "picked"):
+        torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=2e-5, atol=2e-4)
+    log_z = want.top + want.total.log()
+    parts = VocabGradient(
+        log_z=log_z,
+        entropy=log_z - want.weighted / want.total,
+        grad_logprobs=draw(n, dtype=torch.float32),
+        grad_entropy=draw(n, dtype=torch.float32),
+    )
+    wanted = PLAIN.vocab_gradient(logits, targets, temperature, parts)
+    assert error(kernels.vocab_gradient(logits.clone(), targets, temperature, parts), wanted) <= (
+        1e-5 if dtype is torch.float32 else 4e-3
+    )
+
+
+@pytest.mark.parametrize("lengths", [(300,), (1, 7, 128, 129, 64, 1), (64, 64)], ids=str)
+@pytest.mark.parametrize(("query", "kv", "dim"), [(4, 4, 64), (9, 3, 64), (32, 8, 128)])
+def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: int) -> None:
+    """The device's kernel against dense attention by buckets in float64."""
+    total = sum(lengths)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    q, k, v = (
+        draw(total, query, dim, dtype=torch.bfloat16),
+        *(draw(total, kv, dim, dtype=torch.bfloat16) for _ in range(2)),
+    )
+    positions, frequencies = (
+        torch.zeros(total, dtype=torch.int64, device=q.device),
+        torch.ones(dim // 2, device=q.device),
+    )
+    plans = [
+        plan(positions, offsets, max(lengths), frequencies, dtype=q.dtype, varlen=varlen) for varlen in (True, False)
+    ]
+    for place in range(3):
+        order = [(q, k, v)[place], *(x for i, x in enumerate((q, k, v)) if i != place)]
+
+        def run(first: Tensor, *rest: Tensor, place: int = place, which: int = 0) -> Tensor:
+            tensors = list(rest)
+            tensors.insert(place, first)
+            return attend(*tensors, plans[which])  # type: ignore[call-arg, arg-type]
+
+        got = results(lambda *x, run=run: run(*x, which=0), order)
+        want = results(lambda *x, run=run: run(*x, which=1), [x.double() for x in order])
+        for ours, theirs in zip(got, want, strict=True):
+            assert error(ours, theirs) <= 1e-2

@@ -137,7 +137,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0.0:
-            raise ConfigError(f"sampling.temperature={self.temperature}: must be above 0; evaluation is greedy by itself")
+            raise ConfigError(
+                f"sampling.temperature={self.temperature}: must be above 0; evaluation is greedy by itself"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

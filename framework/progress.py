@@ -76,5 +76,8 @@ def end_step(cfg: RunConfig, rt: Runtime, progress: Progress, stop: StopSignal) 
     if stopping or due:
         save(cfg, rt, progress)
     if stopping and rt.mesh.rank == 0:
-        print(f"stopped by SIGTERM after step {progress.step}; continue with +resume=auto run_dir={rt.run_dir}", flush=True)
+        print(
+            f"stopped by SIGTERM after step {progress.step}; continue with +resume=auto run_dir={rt.run_dir}",
+            flush=True,
+        )
     return stopping

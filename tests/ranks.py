@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     model = make_tiny_model(folder / "model", family=family, tokenizer_path=folder / "tokenizer", num_layers=2)
     seen = run_ranks(
-        "tests.recipes.scenario:on_ranks", folder / "out", nproc=ranks, timeout_s=240, model=model, run_dir=folder / "run"
+        "tests.recipes.scenario:on_ranks",
+        folder / "out",
+        nproc=ranks,
+        timeout_s=240,
+        model=model,
+        run_dir=folder / "run",
     )
     return {"model": model, "run_dir": folder / "run", "ranks": seen}
 
@@ -81,7 +85,14 @@ def test_training_moved_the_reward_and_the_summary_has_what_is_promised(run: dic
     assert all(row["optim/grad_norm"] > 0 for row in steps)
     assert all(row["parity/logprob_abs_diff_mean"] <= 1e-4 for row in steps)
     summary = json.loads((run["run_dir"] / "summary.json").read_text())
-    for key in ("eval/accuracy_start", "eval/accuracy_end", "num_steps", "time/step_s", "time/push_s", "time/generate_s"):
+    for key in (
+        "eval/accuracy_start",
+        "eval/accuracy_end",
+        "num_steps",
+        "time/step_s",
+        "time/push_s",
+        "time/generate_s",
+    ):
         assert np.isfinite(summary[key]), key
     assert summary["time/train_s"] > 0
     assert summary["parity/logprob_abs_diff_mean"] <= 1e-4

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from framework.models.spec import ModelSpec, RopeScaling
 from framework.trainer.megatron import pointwise
 
-
 ATTENTION_OPERATORS = (
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

@@ -11,7 +11,20 @@ from collections.abc import Callable, Iterable, Mapping
 from framework.algorithms.base import Metric
 from framework.errors import ConfigError
 
-SECTIONS = ("reward", "advantage", "environment", "time", "sync", "parity", "loss", "policy", "optim", "rollout", "eval", "memory")
+SECTIONS = (
+    "reward",
+    "advantage",
+    "environment",
+    "time",
+    "sync",
+    "parity",
+    "loss",
+    "policy",
+    "optim",
+    "rollout",
+    "eval",
+    "memory",
+)
 """What may stand before the slash of a metric's name; wandb and TensorBoard show one panel group for each."""
 
 _METRIC_NAME = re.compile(rf"({'|'.join(SECTIONS)})(/[a-z0-9_@.\-]+)+")

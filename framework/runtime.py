@@ -179,7 +179,7 @@ def open_chat(base: Base) -> Chat:
 
 
 def open_records(cfg: RunConfig, base: Base) -> dict[str, Any]:
-    """Where the run writes and what it continues: run_dir, store, resumed and tracker, as :class:`Runtime` names them."""
+    """Where the run writes and what it continues: Runtime's fields run_dir, store, resumed and tracker."""
     mesh = base.mesh
     run_dir = mesh.all_gather(choose_run_dir(cfg))[0]  # rank 0's: the time in its name differs between ranks
     store = CheckpointStore(run_dir / "checkpoints", keep=cfg.checkpoint.keep, ranks=mesh)
@@ -203,7 +203,7 @@ def open_records(cfg: RunConfig, base: Base) -> dict[str, Any]:
 
 
 def choose_run_dir(cfg: RunConfig) -> Path:
-    """The configured folder; else, with ``resume=auto``, the newest unfinished run's; else a new one named by the time."""
+    """The configured folder; else, with ``resume=auto``, the newest unfinished run's; else one named by the time."""
     if cfg.run_dir is not None:
         return Path(cfg.run_dir).expanduser().absolute()
     parent = Path("runs") / cfg.recipe

@@ -1,4 +1,4 @@
-"""``torchrun launch/train.py +recipe=grpo``: runs a recipe; any key of the configuration can be set on the command line."""
+"""``torchrun launch/train.py +recipe=grpo``: runs a recipe; any key can be set on the command line."""
 
 from __future__ import annotations
 

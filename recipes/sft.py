@@ -1,8 +1,8 @@
 """Supervised fine-tuning: cross-entropy on what the assistant says in demonstrations, token mean over the batch.
 
 There is no engine and no sampling. Prompts are not trained on: the loss mask is made where the chat template makes
-the tokens. The held-out loss is measured on the data set's last rows, before training, every ``evaluation.every`` steps and
-after it.
+the tokens. The held-out loss is measured on the data set's last rows, before training, every ``evaluation.every`` steps
+and after it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
     num_train = len(data) - cfg.data.heldout_rows
     if num_train < 1:
         raise DataError(
-            f"{cfg.data.name_or_path} has {len(data)} rows and data.heldout_rows={cfg.data.heldout_rows} are set aside; "
-            f"nothing is left to train on"
+            f"{cfg.data.name_or_path} has {len(data)} rows and data.heldout_rows={cfg.data.heldout_rows} are set "
+            f"aside; nothing is left to train on"
         )
     heldout = [data.datum(index) for index in range(num_train, len(data))]
     progress = begin(cfg, rt, ShuffledOrder(num_train, seed=cfg.seed))

@@ -202,7 +202,9 @@ def _tiny(family: str, cache_dir: Path) -> ResolvedModel:
 
     def build(folder: Path) -> None:
         _say(f"Making a small {family} model with random weights and SmolLM2's tokenizer")
-        make_tiny_model(folder, family=family, tokenizer_path=tokenizer.path, hidden_size=256, num_heads=8, num_kv_heads=4)  # head_dim 32 is the least that vLLM takes on a CPU
+        make_tiny_model(
+            folder, family=family, tokenizer_path=tokenizer.path, hidden_size=256, num_heads=8, num_kv_heads=4
+        )  # head_dim 32 is the least that vLLM takes on a CPU
 
     folder = build_once(cache_dir / "models" / f"tiny-random-{family}", build)
     return _checked(ResolvedModel(path=folder, source="random weights, SmolLM2's tokenizer"), TINY_PREFIX + family)

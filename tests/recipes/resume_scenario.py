@@ -1,4 +1,4 @@
-"""What test_resume.py runs on ranks: a run whole, a run that dies after a checkpoint, its continuation, a cold start."""
+"""What test_resume.py runs on ranks: a run whole, a run that dies after a checkpoint, and its continuation."""
 
 from __future__ import annotations
 

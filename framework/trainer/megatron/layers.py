@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
         tp = mesh.tp_size
         self.heads = Heads(query=spec.num_heads // tp, kv=spec.num_kv_heads // tp, dim=spec.head_dim, eps=spec.norm_eps)
         self.pointwise = context.pointwise
-        shared = {"mesh": mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
+        shared: dict[str, Any] = {"mesh": mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
         self.qkv_proj = ColumnParallelLinear(prefix + "qkv_proj", **shared)
         self.o_proj = RowParallelLinear(prefix + "o_proj", **shared)
         self.q_norm = RMSNorm(None, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
@@ -83,7 +83,7 @@ class MLP(nn.Module):
 
     def __init__(self, prefix: str, context: LayerContext) -> None:
         super().__init__()
-        shared = {"mesh": context.mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
+        shared: dict[str, Any] = {"mesh": context.mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
         self.pointwise = context.pointwise
         self.gate_up_proj = ColumnParallelLinear(prefix + "gate_up_proj", **shared)
         self.down_proj = RowParallelLinear(prefix + "down_proj", **shared)

@@ -51,8 +51,8 @@ def check_parity(values: dict[str, float], gate: ParityConfig, *, step: int) -> 
         if not value <= abort:
             raise MismatchError(
                 f"step {step}: parity/{name}={value:.4g} is beyond the limit {abort:.4g}: the engine did not "
-                f"sample from the weights being trained, or not at their temperature; if this is the model's numerics, raise the "
-                f"abort threshold in the section parity"
+                f"sample from the weights being trained, or not at their temperature; if this is the model's "
+                f"numerics, raise the abort threshold in the section parity"
             )
         if value > warn:
             warnings.warn(f"step {step}: parity/{name}={value:.4g} is above {warn:.4g}", RuntimeWarning, stacklevel=2)

@@ -21,7 +21,7 @@ from framework.errors import ConfigError
 from framework.models.hub import ResolvedModel, default_cache_dir, resolve_model
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec, read_spec
-from framework.models.weights import load_shard
+from framework.models.weights import check_checkpoint, load_shard
 from framework.tracking import SilentTracker, Tracker
 from framework.trainer.base import Trainer
 from framework.weight_sync import VersionCounter, WeightSync
@@ -82,6 +82,7 @@ def open_base(cfg: RunConfig) -> Base:
         model = resolve_model(cfg.model.name_or_path, cache_dir=default_cache_dir())
         spec = read_spec(model.path)
         spec.check_tensor_parallel(mesh.tp_size)
+        check_checkpoint(model.path, spec)
     return Base(device=device, mesh=mesh, model=model, spec=spec, dtype=DTYPES[cfg.model.dtype])
 
 

@@ -197,7 +197,7 @@ class Leader:
                 raise ConfigError(
                     f"problem {episode.problem_id}: its prompt has {len(prompt.token_ids)} tokens, which with "
                     f"sampling.max_tokens={self._plan.sampling.max_tokens} exceeds the engine's context of "
-                    f"{self._context}; lower sampling.max_tokens, raise the engine's context, or drop long prompts"
+                    f"{self._context}; lower sampling.max_tokens, raise engine.max_model_len, or drop long prompts"
                 )
             episode.extend(prompt)
             requests.append(self._request(key, episode, prompt))

@@ -126,3 +126,27 @@ def expected_shape(name: str, spec: ModelSpec) -> tuple[int, ...]:
         return (spec.hidden_size,)
     out_features, in_features = spec.projection_shape(leaf)
     return (out_features,) if kind == "bias" else (out_features, in_features)
+
+
+def check_checkpoint(folder: Path, spec: ModelSpec) -> None:
+    """Opens every file and compares every tensor's shape with the config, reading headers only.
+
+    Raises:
+        ModelError: as :func:`load_shard`, before anything else has been started.
+    """
+    files = tensor_files(folder)
+    with ExitStack() as stack:
+        try:
+            handles = {
+                path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(files.values()))
+            }
+            for entry in entries(spec):
+                for name in entry.sources:
+                    shape, expected = (
+                        tuple(_slice(handles, files, name, folder).get_shape()),
+                        expected_shape(name, spec),
+                    )
+                    if shape != expected:
+                        raise ModelError(f"tensor {name!r} has shape {shape}, config.json implies {expected}")
+        except SafetensorError as error:
+            raise ModelError(f"{folder}: the weights are damaged: {error}; fetch the model again") from error

@@ -1,0 +1,147 @@
+"""What a user can get wrong, on the real command line: one message that names what to change, non-zero, no hang."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from framework.models.tiny import make_tiny_model
+from tests.fakes import tiny_tokenizer
+from tests.ranks import free_port, run_bounded
+
+TIMEOUT_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    return make_tiny_model(folder / "model", family="llama", tokenizer_path=folder / "tokenizer")
+
+
+def launch(tmp_path: Path, *overrides: str, nproc: int = 1, recipe: str = "grpo", shell: str = "") -> tuple[int, str]:
+    """Runs ``launch/train.py`` under torchrun; its exit code and output."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "launch/train.py", f"+recipe={recipe}"]
+    small = ["num_steps=1", "tracking.wandb=off", "tracking.tensorboard=false", f"run_dir={tmp_path / 'run'}"]
+    if recipe == "grpo":
+        small += ["engine.max_model_len=256", "engine.kv_cache_gib=0.06", "evaluation.num_problems=2"]
+        small += ["rollout.prompts_per_step=2", "rollout.group_size=2"]
+    given = {override.partition("=")[0] for override in overrides}
+    command += [override for override in small if override.partition("=")[0] not in given]
+    command += list(overrides)
+    if shell:
+        command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
+    code = run_bounded(command, tmp_path / "output.txt", timeout_s=TIMEOUT_S)
+    assert code is not None, "it hangs:\n" + (tmp_path / "output.txt").read_text()[-2000:]
+    return code, (tmp_path / "output.txt").read_text()
+
+
+def reward(name: str) -> tuple[str, str]:
+    """Overrides that choose one of the rewards of bad_rewards.py."""
+    module = "tests.recipes.bad_rewards"
+    return f"environment.name={module}.problems", f"environment.reward={module}.{name}"
+
+
+def errors(output: str) -> list[str]:
+    """The lines that a rank ended with."""
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def test_a_missing_model(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, "model.name_or_path=/nowhere/at/all")
+    assert code != 0
+    assert any("model.name_or_path" in line for line in errors(output))
+
+
+def test_a_damaged_checkpoint_is_found_before_anything_starts(tmp_path: Path, model: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    code, output = launch(tmp_path, f"model.name_or_path={broken}")
+    assert code != 0
+    assert any("damaged" in line and "model.safetensors" in line for line in errors(output))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_parallel_size_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    odd = make_tiny_model(
+        tmp_path / "odd",
+        family="llama",
+        tokenizer_path=tmp_path / "tokenizer",
+        num_heads=3,
+        num_kv_heads=1,
+        hidden_size=96,
+    )
+    code, output = launch(tmp_path, f"model.name_or_path={odd}", nproc=2)
+    assert code != 0
+    assert (
+        sum("parallel.tensor_parallel_size=2 does not divide" in line and "3" in line for line in errors(output)) == 2
+    )
+
+
+def test_an_unknown_family(tmp_path: Path, model: Path) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    code, output = launch(tmp_path, f"model.name_or_path={other}")
+    assert code != 0
+    assert any("gpt2" in line and "llama" in line for line in errors(output))
+
+
+def test_a_reward_that_raises_ends_every_rank_alike(tmp_path: Path, model: Path) -> None:
+    code, output = launch(tmp_path, f"model.name_or_path={model}", *reward("raises"), nproc=2)
+    assert code != 0
+    assert sum("bad_rewards.raises" in line and "KeyError" in line for line in errors(output)) == 2
+
+
+def test_a_reward_that_is_not_a_number(tmp_path: Path, model: Path) -> None:
+    code, output = launch(tmp_path, f"model.name_or_path={model}", *reward("not_a_number"))
+    assert code != 0
+    assert any("not_a_number" in line and "nan" in line for line in errors(output))
+
+
+def test_a_prompt_longer_than_the_context(tmp_path: Path, model: Path) -> None:
+    code, output = launch(tmp_path, f"model.name_or_path={model}", "engine.max_model_len=32")
+    assert code != 0
+    assert any("engine.max_model_len" in line for line in errors(output))
+
+
+def test_an_empty_data_set(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    code, output = launch(
+        tmp_path, f"model.name_or_path={model}", f"data.name_or_path={tmp_path / 'empty.jsonl'}", recipe="sft"
+    )
+    assert code != 0
+    assert any("empty.jsonl" in line for line in errors(output))
+
+
+def test_a_full_disk_at_export_leaves_nothing_half_written(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": f"say {n}", "completion": str(n)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (f"data.name_or_path={tmp_path / 'rows.jsonl'}", "data.heldout_rows=4", "data.batch_size=4")
+    code, output = launch(tmp_path, f"model.name_or_path={model}", *data, recipe="sft", shell="ulimit -f 60")
+    assert code != 0
+    assert any("could not write" in line and "adapter" in line and "free some" in line for line in errors(output))
+    assert [path.name for path in (tmp_path / "run").iterdir() if "adapter" in path.name] == []
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, "optimizer.learnig_rate=1e-3")
+    assert code != 0
+    assert errors(output) == [
+        "error: unknown key 'optimizer.learnig_rate' in 'optimizer.learnig_rate=1e-3'; "
+        "did you mean 'optimizer.learning_rate'?"
+    ]
+
+
+def test_a_section_the_recipe_does_not_use_is_refused(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, "engine.max_adapters=3", recipe="sft")
+    assert code != 0
+    assert any("does not use the section 'engine'" in line for line in errors(output))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
-import regex
+import regex  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 REGEX_TIMEOUT_S = 1.0
 """A pattern that backtracks longer than this does not match."""

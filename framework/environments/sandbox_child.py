@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -128,7 +129,7 @@ def limit(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def run(plan: dict) -> None:
+def run(plan: dict[str, Any]) -> None:
     """Locks this process in and executes the program; never returns."""
     enter_namespaces()
     child = os.fork()  # the first process of the new process namespace; when it ends, all others in it are killed

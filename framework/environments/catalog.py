@@ -18,6 +18,9 @@ from typing import Any, Literal, get_args
 from framework.data.chat import Chat
 from framework.environments.arithmetic import arithmetic
 from framework.environments.base import Problems, Reward
+from framework.environments.code import code
+from framework.environments.question_answer import dataset, gsm8k, math
+from framework.environments.reasoning_gym import reasoning_gym
 from framework.errors import ConfigError
 
 Split = Literal["train", "heldout"]
@@ -27,6 +30,11 @@ Builder = Callable[..., Problems]
 
 ENVIRONMENTS: Mapping[str, Builder] = {
     "arithmetic": arithmetic,
+    "reasoning_gym": reasoning_gym,
+    "dataset": dataset,
+    "gsm8k": gsm8k,
+    "math": math,
+    "code": code,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from framework.data.chat import Chat, Message
 from framework.environments.base import Problem, Reward, StepResult
@@ -34,6 +35,14 @@ class SingleTurn:
         return StepResult(reward=reward, done=True)
 
 
+class QuestionRows(Protocol):
+    """Rows by number: a list, or a data set that reads them when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
+
+
 class SingleTurnProblems:
     """Rows of a data set as problems.
 
@@ -43,14 +52,14 @@ class SingleTurnProblems:
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, object]],
+        rows: QuestionRows,
         *,
         name: str,
         chat: Chat,
         reward: Reward,
         system: str | None = None,
     ) -> None:
-        if not rows:
+        if not len(rows):
             raise DataError(f"environment {name!r} has no problems: the data set is empty")
         self._rows = rows
         self._name = name

@@ -56,6 +56,11 @@ class HfTrainer:
         self._peft_names: dict[str, str] = {}
         self._counter = itertools.count()
 
+    @property
+    def token_multiple(self) -> int:
+        """Microbatches may have any number of tokens."""
+        return 1
+
     def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> None:
         """See :meth:`Trainer.add_adapter`."""
         if name in self._adapters:

@@ -11,9 +11,10 @@ from typing import Any
 CONSOLE = (
     ("reward", "reward/mean"),
     ("±", "reward/std"),
-    ("accuracy", "reward/accuracy"),
-    ("eval", "eval/accuracy"),
-    ("loss", "loss/mean"),
+    ("correct", "reward/env/correct"),
+    ("accuracy", "eval/accuracy"),
+    ("eval loss", "eval/loss"),
+    ("loss", "loss/total"),
     ("parity", "parity/logprob_abs_diff_mean"),
     ("grad", "optim/grad_norm"),
 )
@@ -51,7 +52,11 @@ class ConsoleSink:
         width = len(str(self._num_steps))
         parts = [f"step {step:>{width}}/{self._num_steps} {step / max(self._num_steps, 1):4.0%}"]
         parts += [f"{label} {_short(metrics[name])}" for label, name in CONSOLE if name in metrics]
-        seconds = {name[5:-2]: value for name, value in metrics.items() if re.fullmatch(r"time/\w+_s", name)}
+        seconds = {
+            name.removeprefix("time/").removesuffix("_s"): value
+            for name, value in metrics.items()
+            if re.fullmatch(r"time/\w+(?<!_per)_s", name)
+        }
         total = seconds.pop("step", None)
         if total is not None:
             split = ", ".join(f"{phase} {_short(value)}" for phase, value in seconds.items())

@@ -1,22 +1,14 @@
-"""Checkpoints survive kills, full disks and damage. Run as a script, this file is the process that gets killed."""
+"""Checkpoints survive kills, full disks and damage; every refusal names its file or key."""
 
 from __future__ import annotations
 
 import errno
-import json
-import os
 import random
 import resource
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,23 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework import checkpoint, storage
 from framework.checkpoint import CheckpointStore, rng_state, set_rng_state
 from framework.errors import CheckpointError, ConfigError, StorageError
+from tests.checkpoint_scenario import CONFIG, check, names, open_store, run_kills, run_two_ranks, save, state_of
 
 T = TypeVar("T")
-
-CONFIG = {"seed": 7, "lora.rank": 16, "num_steps": 40, "tracking.project": "p", "lora.targets": ["q_proj", "v_proj"]}
-
-
-class OneRank:
-    """A world of one."""
-
-    rank = 0
-    world_size = 1
-
-    def all_gather(self, value: T) -> list[T]:
-        return [value]
 
 
 class ThreadRank:
@@ -76,33 +56,6 @@ def on_ranks(world_size: int, work: Callable[[ThreadRank], T]) -> list[T | Excep
     for thread in threads:
         thread.join()
     return outcomes
-
-
-def state_of(step: int, rank: int = 0, size: int = 50) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return {"policy/master": torch.randn(size, generator=generator), "policy/step": torch.tensor(step)}
-
-
-def open_store(folder: Path, keep: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, keep=keep, ranks=OneRank())
-
-
-def save(store: CheckpointStore, step: int, size: int = 50) -> Path:
-    return store.save(step, state_of(step, size=size), meta={"data": {"epoch": step}}, config=CONFIG)
-
-
-def check(store: CheckpointStore, path: Path, size: int = 50) -> int:
-    """Loads a checkpoint, compares every byte with what was saved, returns its step."""
-    loaded = store.load(path, config=CONFIG)
-    expected = state_of(loaded.step, size=size)
-    assert loaded.state.keys() == expected.keys()
-    assert all(torch.equal(loaded.state[name], expected[name]) for name in expected)
-    assert loaded.meta == {"data": {"epoch": loaded.step}}
-    return loaded.step
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_saved_is_loaded_bit_for_bit_and_the_newest_are_kept(tmp_path: Path) -> None:
@@ -302,174 +255,29 @@ def test_random_states_go_on_where_they_were() -> None:
         set_rng_state({name: value for name, value in saved.items() if name != "rng.torch"})
 
 
-# Kills. The process below forks a child per line of checkpoint.py and storage.py that a save (or a clean-up)
-# executes and lets it die there; then it looks at what is on disk.
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_kills(tmp_path_factory.mktemp("kills"))
 
 
-def exit_at_line(number: int) -> None:
-    """Ends this process without any clean-up when the ``number``-th line of the two files is about to run."""
-    files = {checkpoint.__file__, storage.__file__}
-    count = 0
-
-    def on_event(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename not in files:
-            return None
-        if event == "line":
-            count += 1
-            if count == number:
-                os._exit(9)
-        return on_event
-
-    sys.settrace(on_event)
+@pytest.mark.parametrize(
+    ("scenario", "newest", "points"), [("save", [2, 3], 100), ("save again", [2], 100), ("clean up", [2], 12)]
+)
+def test_a_kill_at_any_line_leaves_the_last_good_checkpoint(
+    kills: dict[str, Any], scenario: str, newest: list[int], points: int
+) -> None:
+    assert kills[scenario]["newest"] == newest
+    assert kills[scenario]["points"] >= points
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Runs ``work`` in a forked child that dies at line ``number``; False when the work ended before that."""
-    child = os.fork()
-    if child == 0:
-        exit_at_line(number)
-        work()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 9), code
-    return code == 9
-
-
-def prepare(folder: Path, scenario: str) -> tuple[Callable[[], object], set[int]]:
-    """Makes a folder with steps 1 and 2, and says what is to be killed and which steps may be the newest afterwards."""
-    store = open_store(folder)
-    save(store, 1)
-    save(store, 2)
-    if scenario == "save":
-        return (lambda: save(open_store(folder), 3)), {2, 3}
-    if scenario == "save again":
-        return (lambda: save(open_store(folder), 2)), {2}
-    # what a kill inside "save again" can leave, at its worst: both folders of the step under other names
-    (folder / "step_000002").rename(folder / "step_000002.replaced-0123abcd")
-    shutil.copytree(folder / "step_000001", folder / "step_000002.tmp-0123abcd")
-    return (lambda: open_store(folder)), {2}
-
-
-def kill_everywhere(root: Path, scenario: str) -> dict[str, Any]:
-    os.fsync = lambda fd: None  # the death of a process loses nothing that was written; without it this is quicker
-    folder, template, newest = root / "c", root / "template", list[int]()
-    work, allowed = prepare(folder, scenario)
-    folder.rename(template)
-    died, number = True, 0
-    while died:
-        number += 1
-        shutil.copytree(template, folder)
-        died = killed_at(number, work)
-        store = open_store(folder)  # the restart cleans up
-        latest = store.latest()
-        assert latest is not None, f"nothing left after a kill at line {number}"
-        newest.append(check(store, latest))
-        assert newest[-1] in allowed, f"step {newest[-1]} after a kill at line {number}"
-        for path in folder.iterdir():
-            check(store, path)  # nothing else, and nothing half-written, under any name
-        assert check(store, save(store, 3)) == 3
-        shutil.rmtree(folder)
-    return {"points": number - 1, "newest": sorted(set(newest))}
-
-
-@pytest.mark.parametrize(("scenario", "newest"), [("save", [2, 3]), ("save again", [2]), ("clean up", [2])])
-def test_a_kill_at_any_line_leaves_the_last_good_checkpoint(tmp_path: Path, scenario: str, newest: list[int]) -> None:
-    output = run_script("kill_everywhere", str(tmp_path), scenario)
-    report = json.loads(output)
-    assert report["newest"] == newest
-    assert report["points"] >= {"save": 100, "save again": 100, "clean up": 12}[scenario]
-
-
-def test_a_kill_while_bytes_are_written_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    assert int(run_script("kill_while_writing", str(tmp_path))) > 0, "no kill hit a checkpoint that was being written"
-
-
-def kill_while_writing(folder: Path) -> int:
-    """Kills a child in the middle of saving 16 MB, a little later each time; how often a part was left behind."""
-    size, unfinished = 4_000_000, 0
-    save(open_store(folder), 1, size=size)
-    for trial in range(10):
-        child = os.fork()
-        if child == 0:
-            save(open_store(folder), trial + 2, size=size)
-            os._exit(0)
-        time.sleep(0.02 * (trial + 1))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        unfinished += any(".tmp-" in name for name in names(folder))
-        store = open_store(folder)
-        latest = store.latest()
-        assert latest is not None
-        assert check(store, latest, size=size) in range(1, trial + 3)
-    return unfinished
+def test_a_kill_while_bytes_are_written_leaves_the_last_good_checkpoint(kills: dict[str, Any]) -> None:
+    assert kills["left unfinished"] > 0, "no kill hit a checkpoint that was being written"
 
 
 def test_two_processes_write_one_checkpoint_and_a_dead_rank_spoils_none(tmp_path: Path) -> None:
-    assert two_processes("two_ranks", str(tmp_path), "all live") == [0, 0]
-    assert names(tmp_path) == ["step_000002", "step_000003"]
-    codes = two_processes("two_ranks", str(tmp_path), "rank 1 dies")
+    codes = run_two_ranks(tmp_path, "first life")
     assert codes[1] == 9
     assert codes[0] not in (0, 9)
-    assert two_processes("two_ranks", str(tmp_path), "resume") == [0, 0]
-
-
-def two_ranks(folder: Path, what: str) -> None:
-    """One of two real ranks over gloo, in the life of a run: three saves; a death in the fourth; a resume."""
-    from framework.device import open_device
-    from framework.distributed import open_mesh
-
-    mesh = open_mesh(open_device("cpu", local_rank=0), tensor_parallel_size=2, timeout_s=30)
-    store = CheckpointStore(folder, keep=2, ranks=mesh)
-    latest = store.latest()
-    if latest is not None:
-        loaded = store.load(latest, config=CONFIG)
-        mine = state_of(loaded.step, mesh.rank)
-        assert loaded.step == 3
-        assert all(torch.equal(loaded.state[name], mine[name]) for name in mine)
-    for step in {"all live": (1, 2, 3), "rank 1 dies": (4,), "resume": (4,)}[what]:
-        if what == "rank 1 dies" and mesh.rank == 1:
-            exit_at_line(15)
-        store.save(step, state_of(step, mesh.rank), meta={}, config=CONFIG)
-    mesh.barrier()
-
-
-def script(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    root = str(Path(__file__).parents[1])
-    variables = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, __file__, *arguments]
-    return subprocess.Popen(command, env=variables, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run_script(*arguments: str) -> str:
-    process = script(*arguments)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output
-
-
-def two_processes(*arguments: str) -> list[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [script(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    print(*(errors for _, errors in outputs), sep="\n")  # pytest shows it when the test fails
-    return [process.returncode for process in processes]
-
-
-def main() -> None:
-    """The processes that the tests start."""
-    what, folder, *rest = sys.argv[1:]
-    if what == "kill_everywhere":
-        print(json.dumps(kill_everywhere(Path(folder), rest[0])))
-    elif what == "kill_while_writing":
-        print(kill_while_writing(Path(folder)))
-    else:
-        two_ranks(Path(folder), rest[0])
-
-
-if __name__ == "__main__":
-    main()
+    assert [name for name in names(tmp_path) if ".tmp-" not in name] == ["step_000002", "step_000003"]
+    assert run_two_ranks(tmp_path, "second life") == [0, 0]
+    assert names(tmp_path) == ["step_000003", "step_000004"]

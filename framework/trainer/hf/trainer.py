@@ -58,7 +58,7 @@ class HfTrainer:
 
     @property
     def token_multiple(self) -> int:
-        """See :attr:`Trainer.token_multiple`; nothing is split over ranks here."""
+        """Microbatches may have any number of tokens."""
         return 1
 
     def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> None:

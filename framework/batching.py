@@ -261,9 +261,7 @@ def make_batch(
         for index, datum in enumerate(datums):
             if datum.adapter != version:
                 raise StaleSampleError(f"datum {index} was sampled by {datum.adapter}, the trainer is at {version}")
-    examples = aggregate(
-        [shift(datum) for datum in datums], aggregation, constant=constant, global_sum=global_sum
-    )
+    examples = aggregate([shift(datum) for datum in datums], aggregation, constant=constant, global_sum=global_sum)
     return pack(
         examples, max_tokens=max_tokens, multiple_of=multiple_of, temperature=temperature, keep_together=keep_together
     )

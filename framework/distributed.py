@@ -150,7 +150,7 @@ def _around(text: str, index: int, width: int = 400) -> str:
 def _portable(error: Exception) -> Exception:
     """The error itself if another rank can be sent it, else a FrameworkError with its text."""
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+        pickle.loads(pickle.dumps(error))
         return error
     except Exception:  # noqa: BLE001 - any failure means the same: it cannot travel
         return FrameworkError(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ from framework.distributed import Mesh, open_mesh
 from framework.errors import ConfigError, FrameworkError
 
 
-class Unsendable(Exception):  # noqa: N818 - a name for what it is
+class Unsendable(Exception):
     """An error that cannot be rebuilt from its arguments."""
 
     def __init__(self, one: str, two: str) -> None:

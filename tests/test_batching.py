@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_two_replicas_have_the_weights_of_one(aggregation: Aggregation) -> None:
 def tokens_of(microbatch: Microbatch) -> list[list[int]]:
     """Its input ids, by sequence."""
     offsets = microbatch.cu_seqlens.tolist()
-    return [microbatch.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [microbatch.input_ids[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 def test_packing_by_first_fit_longest_first() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framework.models.spec import ModelSpec, RopeScaling
 from framework.trainer.megatron import pointwise
-
 
 ATTENTION_OPERATORS = (
     torch.ops.aten._flash_attention_forward.default,
@@ -106,7 +106,7 @@ def plan(
 
 def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
     by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in zip(offsets, offsets[1:], strict=False):
+    for start, stop in pairwise(offsets):
         by_length.setdefault((stop - start - 1).bit_length(), []).append((start, stop - start))
     buckets = []
     for members in by_length.values():
@@ -155,8 +155,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
-    """torch's variable-length flash kernel, by the operator itself: ``varlen_attn`` of torch 2.11 refuses grouped heads,
-    which the kernel and its backward know. One sequence alone goes to whichever kernel torch finds fastest for it."""
+    """torch's variable-length flash kernel, by the operator itself.
+
+    ``varlen_attn`` of torch 2.11 refuses grouped heads, which the kernel and its backward know. One sequence alone goes
+    to whichever kernel torch finds fastest for it.
+    """
     if len(packed.cu_seqlens) == 2:
         dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):

@@ -30,8 +30,11 @@ class LayerContext:
     switch: LoraSwitch
     sequence_parallel: bool
     recompute: str
-    """What is computed again in the backward pass instead of kept: ``none``, ``mlp``, ``all_but_attention`` (which keeps
-    the attention's output, the dearest to compute again in long sequences) or ``full``."""
+    """What is computed again in the backward pass instead of kept.
+
+    ``none``, ``mlp``, ``all_but_attention`` (which keeps the attention's output, the dearest to compute again in long
+    sequences) or ``full``.
+    """
     pointwise: Pointwise
 
 

@@ -39,9 +39,7 @@ def factors(present: tuple[int, ...], *, dropout: float = 0.0) -> ModuleFactors:
             )
         )
     a = random(len(present) * RANK, IN, seed=20)
-    return ModuleFactors(
-        a_all=a, a_grad=torch.zeros_like(a), slices=tuple(slices), dropout=dropout, dropout_seed=77
-    )
+    return ModuleFactors(a_all=a, a_grad=torch.zeros_like(a), slices=tuple(slices), dropout=dropout, dropout_seed=77)
 
 
 def linear(mesh: Mesh, switch: LoraSwitch, kind: type[ParallelLinear] = ColumnParallelLinear) -> ParallelLinear:

@@ -98,8 +98,13 @@ def test_two_replicas_have_the_weights_of_one(aggregation: Aggregation) -> None:
     alone = weights(examples, aggregation, constant=8.0)
     shares = [examples[0::2], examples[1::2]]
     sums: list[float] = []
+
+    def record(value: float) -> float:
+        sums.append(value)
+        return value
+
     for share in shares:  # what each replica would contribute
-        aggregate(share, aggregation, constant=8.0, global_sum=lambda value: sums.append(value) or value)
+        aggregate(share, aggregation, constant=8.0, global_sum=record)
     total = sum(sums)
     for rank, share in enumerate(shares):
         got = aggregate(share, aggregation, constant=8.0, global_sum=lambda _: total)

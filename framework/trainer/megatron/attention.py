@@ -146,8 +146,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     out = None
     for bucket in packed.buckets:
-        dense = [x[bucket.gather].transpose(1, 2) for x in (q, k, v)]
-        result = F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).flatten(0, 1)
+        q_, k_, v_ = (x[bucket.gather].transpose(1, 2) for x in (q, k, v))
+        result = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1)
         part = result.new_zeros(q.shape).index_copy(0, bucket.target, result[bucket.source])
         out = part if out is None else out + part
     assert out is not None
@@ -161,9 +161,9 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tenso
     to whichever kernel torch finds fastest for it.
     """
     if len(packed.cu_seqlens) == 2:
-        dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            out = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0].flatten(1)

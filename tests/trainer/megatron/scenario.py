@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from framework.algorithms.base import LossFn, LossInputs, LossOutput
-from framework.batching import Aggregation, Batch, aggregate, pack, shift
+from framework.algorithms.base import Aggregation, LossFn, LossInputs, LossOutput
+from framework.batching import Batch, aggregate, pack, shift
 from framework.device import Device, open_device
 from framework.distributed import Mesh, open_mesh
 from framework.lora.spec import TARGETS, LoraSpec

@@ -59,6 +59,7 @@ def test_product_and_gradients_equal_autograd(present: tuple[int, ...], dropout:
     (dx,) = torch.autograd.grad(y, x, dy)
 
     mask = module._mask(x, parts)
+    assert module.bias is not None
     a = parts.a_all.clone().requires_grad_()
     bs = [part.b.clone().requires_grad_() for part in parts.slices]
     want = x @ module.weight.t() + module.bias

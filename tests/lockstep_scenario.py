@@ -33,6 +33,11 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def _made_by(rank: int, ran_on: list[int]) -> tuple[str, int]:
+    ran_on.append(rank)
+    return "made by", rank
+
+
 def _agree(mesh: Mesh, failing: tuple[int, ...]) -> str:
     with mesh.agree_on_error("loading the model"):
         if mesh.rank in failing:
@@ -64,7 +69,7 @@ def on_four_ranks() -> dict[str, Any]:
         "odd": odd,
         "who": (mesh.rank, mesh.tp_rank, mesh.tp_size, mesh.dp_rank, mesh.dp_size, mesh.is_leader),
         "broadcast": mesh.broadcast({"rank": mesh.rank, "tokens": (1, 2)}),
-        "leader": outcome(lambda: mesh.run_on_leader(lambda: ran_on.append(mesh.rank) or ("made by", mesh.rank))),
+        "leader": outcome(lambda: mesh.run_on_leader(lambda: _made_by(mesh.rank, ran_on))),
         "leader_error": outcome(lambda: mesh.run_on_leader(lambda: _raise(ConfigError("data.path is empty")))),
         "leader_odd_error": outcome(lambda: mesh.run_on_leader(lambda: _raise(Unsendable("this", "that")))),
         "leader_odd_result": outcome(lambda: mesh.run_on_leader(lambda: lambda: 3)),

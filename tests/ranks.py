@@ -43,9 +43,7 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-def run_ranks(
-    target: str, folder: Path, *, nproc: int = 2, timeout_s: float = 120.0, **arguments: Any
-) -> list[Any]:
+def run_ranks(target: str, folder: Path, *, nproc: int = 2, timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
     """Calls ``module:function`` with ``arguments`` on every rank.
 
     Args:

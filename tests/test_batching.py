@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,8 +98,13 @@ def test_two_replicas_have_the_weights_of_one(aggregation: Aggregation) -> None:
     alone = weights(examples, aggregation, constant=8.0)
     shares = [examples[0::2], examples[1::2]]
     sums: list[float] = []
+
+    def record(value: float) -> float:
+        sums.append(value)
+        return value
+
     for share in shares:  # what each replica would contribute
-        aggregate(share, aggregation, constant=8.0, global_sum=lambda value: sums.append(value) or value)
+        aggregate(share, aggregation, constant=8.0, global_sum=record)
     total = sum(sums)
     for rank, share in enumerate(shares):
         got = aggregate(share, aggregation, constant=8.0, global_sum=lambda _: total)
@@ -109,7 +115,7 @@ def test_two_replicas_have_the_weights_of_one(aggregation: Aggregation) -> None:
 def tokens_of(microbatch: Microbatch) -> list[list[int]]:
     """Its input ids, by sequence."""
     offsets = microbatch.cu_seqlens.tolist()
-    return [microbatch.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [microbatch.input_ids[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 def test_packing_by_first_fit_longest_first() -> None:

@@ -25,7 +25,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
 def test_an_accelerator_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="hardware.device=cuda, but torch finds no CUDA device"):
+    with pytest.raises(ConfigError, match=r"hardware.device=cuda, but torch finds no CUDA device"):
         open_device("cuda", local_rank=0)
     assert open_device("auto", local_rank=0).kind == "cpu"
 

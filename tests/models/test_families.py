@@ -50,4 +50,4 @@ def test_llama3_frequencies_equal_transformers(tiny: dict[str, Path]) -> None:
     ratios = [a / b for a, b in zip(ours.tolist(), plain, strict=True)]
     assert math.isclose(ratios[0], 1.0, rel_tol=1e-5)
     assert math.isclose(ratios[-1], 1 / 8, rel_tol=1e-5)
-    assert any(ratio * 0.99 > 1 / 8 and ratio < 0.99 for ratio in ratios)
+    assert any(0.13 < ratio < 0.99 for ratio in ratios)

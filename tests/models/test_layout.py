@@ -11,7 +11,7 @@ from framework.models.spec import read_spec
 
 def test_entries_of_a_qwen2_layer(tiny: dict[str, Path]) -> None:
     table = {entry.name: entry for entry in entries(read_spec(tiny["qwen2"]))}
-    assert list(table)[0] == "model.embed_tokens.weight"
+    assert next(iter(table)) == "model.embed_tokens.weight"
     assert list(table)[-1] == "model.norm.weight"  # tied: no lm_head
     qkv = table["model.layers.1.self_attn.qkv_proj.weight"]
     assert qkv.sources == tuple(f"model.layers.1.self_attn.{p}_proj.weight" for p in "qkv")

@@ -199,7 +199,7 @@ def test_damage_of_a_sharded_checkpoint(tmp_path: Path, tiny: dict[str, Path]) -
     assert len(set(tensor_files(folder).values())) == len(_shard_names(folder)) > 2
     intact = (folder / second).read_bytes()
     (folder / second).write_bytes(intact[:1000])
-    with pytest.raises(ModelError, match="the weights are damaged.*fetch the model again"):
+    with pytest.raises(ModelError, match=r"the weights are damaged.*fetch the model again"):
         load(folder)
     (folder / second).unlink()
     with pytest.raises(ModelError, match=rf"lacks \['{second}'\], named in model.safetensors.index.json"):
@@ -217,7 +217,7 @@ def test_an_index_that_points_to_the_wrong_file(tmp_path: Path, tiny: dict[str, 
     others = [name for name in _shard_names(folder) if name != content["weight_map"]["model.norm.weight"]]
     content["weight_map"]["model.norm.weight"] = others[0]
     index.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="the weights are damaged: .*model.norm.weight"):
+    with pytest.raises(ModelError, match=r"the weights are damaged: .*model.norm.weight"):
         load(folder)
 
 

@@ -125,8 +125,8 @@ class AdapterState:
         first = self.a[members[0].path]
         stacked = Piece(offset=first.offset, shape=(r * len(members), first.shape[1]))
         parts: list[FactorSlice] = []
-        row, heights = 0, self._heights(members[0])
-        for position, height in enumerate(heights):
+        row = 0
+        for position, height in enumerate(self._heights(members[0])):
             p = next((m for m in members if m.slice_index == position), None)
             if p is not None:
                 place = len(parts) * r

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def plan(
 
 def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
     by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in zip(offsets, offsets[1:], strict=False):
+    for start, stop in pairwise(offsets):
         by_length.setdefault((stop - start - 1).bit_length(), []).append((start, stop - start))
     buckets = []
     for members in by_length.values():
@@ -145,8 +146,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     out = None
     for bucket in packed.buckets:
-        dense = [x[bucket.gather].transpose(1, 2) for x in (q, k, v)]
-        result = F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).flatten(0, 1)
+        q_, k_, v_ = (x[bucket.gather].transpose(1, 2) for x in (q, k, v))
+        result = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1)
         part = result.new_zeros(q.shape).index_copy(0, bucket.target, result[bucket.source])
         out = part if out is None else out + part
     assert out is not None
@@ -154,12 +155,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
-    """torch's variable-length flash kernel, by the operator itself: ``varlen_attn`` of torch 2.11 refuses grouped heads,
-    which the kernel and its backward know. One sequence alone goes to whichever kernel torch finds fastest for it."""
+    """torch's variable-length flash kernel, by the operator itself.
+
+    ``varlen_attn`` of torch 2.11 refuses grouped heads, which the kernel and its backward know. One sequence alone goes
+    to whichever kernel torch finds fastest for it.
+    """
     if len(packed.cu_seqlens) == 2:
-        dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            out = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1).flatten(1)
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0].flatten(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -17,7 +17,7 @@ from framework.distributed import Mesh
 from framework.models.layout import LAYER
 from framework.models.spec import ModelSpec
 from framework.trainer.megatron.attention import ATTENTION_OPERATORS, PackedPlan, attend
-from framework.trainer.megatron.lora_linear import ColumnParallelLinear, LoraSwitch, RowParallelLinear
+from framework.trainer.megatron.lora_linear import ColumnParallelLinear, LoraSwitch, ParallelLinear, RowParallelLinear
 from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise
 
 
@@ -30,9 +30,19 @@ class LayerContext:
     switch: LoraSwitch
     sequence_parallel: bool
     recompute: str
-    """What is computed again in the backward pass instead of kept: ``none``, ``mlp``, ``all_but_attention`` (which keeps
-    the attention's output, the dearest to compute again in long sequences) or ``full``."""
+    """What is computed again in the backward pass instead of kept.
+
+    ``none``, ``mlp``, ``all_but_attention`` (which keeps the attention's output, the dearest to compute again in long
+    sequences) or ``full``.
+    """
     pointwise: Pointwise
+
+
+Linear = TypeVar("Linear", bound=ParallelLinear)
+
+
+def _linear(kind: type[Linear], path: str, context: LayerContext) -> Linear:
+    return kind(path, context.mesh, context.switch, sequence_parallel=context.sequence_parallel)
 
 
 class RMSNorm(nn.Module):
@@ -63,9 +73,8 @@ class SelfAttention(nn.Module):
         tp = mesh.tp_size
         self.heads = Heads(query=spec.num_heads // tp, kv=spec.num_kv_heads // tp, dim=spec.head_dim, eps=spec.norm_eps)
         self.pointwise = context.pointwise
-        shared: dict[str, Any] = {"mesh": mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
-        self.qkv_proj = ColumnParallelLinear(prefix + "qkv_proj", **shared)
-        self.o_proj = RowParallelLinear(prefix + "o_proj", **shared)
+        self.qkv_proj = _linear(ColumnParallelLinear, prefix + "qkv_proj", context)
+        self.o_proj = _linear(RowParallelLinear, prefix + "o_proj", context)
         self.q_norm = RMSNorm(None, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(None, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
@@ -83,10 +92,9 @@ class MLP(nn.Module):
 
     def __init__(self, prefix: str, context: LayerContext) -> None:
         super().__init__()
-        shared: dict[str, Any] = {"mesh": context.mesh, "switch": context.switch, "sequence_parallel": context.sequence_parallel}
         self.pointwise = context.pointwise
-        self.gate_up_proj = ColumnParallelLinear(prefix + "gate_up_proj", **shared)
-        self.down_proj = RowParallelLinear(prefix + "down_proj", **shared)
+        self.gate_up_proj = _linear(ColumnParallelLinear, prefix + "gate_up_proj", context)
+        self.down_proj = _linear(RowParallelLinear, prefix + "down_proj", context)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T or T/tp, hidden] -> [T or T/tp, hidden]``."""

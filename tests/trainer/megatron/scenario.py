@@ -14,15 +14,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from framework.algorithms.base import LossFn, LossInputs, LossOutput
-from framework.batching import Aggregation, Batch, aggregate, pack, shift
+from framework.algorithms.base import Aggregation, LossFn, LossInputs, LossOutput
+from framework.batching import Batch, aggregate, pack, shift
 from framework.device import Device, open_device
 from framework.distributed import Mesh, open_mesh
 from framework.lora.spec import TARGETS, LoraSpec
 from framework.models.spec import read_spec
 from framework.models.weights import load_shard
 from framework.trainer.base import ForwardBackwardResult
-from framework.trainer.megatron.trainer import MegatronTrainer
+from framework.trainer.megatron.trainer import RECOMPUTE, MegatronTrainer
 from framework.types import AdamParams, Datum
 from tests.tiny_models import VOCAB_SIZE
 from tests.trainer.reference import ENTROPY_BONUS, Factors
@@ -133,9 +133,7 @@ def exported(trainer: MegatronTrainer, name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(value.copy()) for key, value in trainer.export_adapter(name).items()}
 
 
-def step_result(
-    trainer: MegatronTrainer, name: str, batch: Batch, loss_fn: LossFn = policy_loss
-) -> dict[str, Any]:
+def step_result(trainer: MegatronTrainer, name: str, batch: Batch, loss_fn: LossFn = policy_loss) -> dict[str, Any]:
     """One forward_backward: its loss, per-token results and gradient, which is cleared again."""
     result: ForwardBackwardResult = trainer.forward_backward(name, batch, loss_fn)
     gradient = partial_gradient(trainer, name)
@@ -184,7 +182,7 @@ def invariances(work: Workload, mesh: Mesh, device: Device) -> dict[str, Any]:
     """The same batch cut in different ways, for every aggregation; the same step in every recompute mode."""
     results: dict[str, Any] = {"split": {}, "recompute": {}, "dropout": {}}
     folder, factors = work.folders["qwen3"], next(c.factors for c in work.steps if c.variant == "qwen3")
-    for recompute in ("none", "mlp", "full"):
+    for recompute in RECOMPUTE:
         trainer = open_trainer(folder, mesh, device, sequence_parallel=mesh.tp_size > 1, recompute=recompute)
         add(trainer, "a", RSLORA, factors)
         results["recompute"][recompute] = step_result(trainer, "a", make_batch(work.batches[0], trainer))

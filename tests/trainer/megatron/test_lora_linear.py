@@ -39,9 +39,7 @@ def factors(present: tuple[int, ...], *, dropout: float = 0.0) -> ModuleFactors:
             )
         )
     a = random(len(present) * RANK, IN, seed=20)
-    return ModuleFactors(
-        a_all=a, a_grad=torch.zeros_like(a), slices=tuple(slices), dropout=dropout, dropout_seed=77
-    )
+    return ModuleFactors(a_all=a, a_grad=torch.zeros_like(a), slices=tuple(slices), dropout=dropout, dropout_seed=77)
 
 
 def linear(mesh: Mesh, switch: LoraSwitch, kind: type[ParallelLinear] = ColumnParallelLinear) -> ParallelLinear:
@@ -61,6 +59,7 @@ def test_product_and_gradients_equal_autograd(present: tuple[int, ...], dropout:
     (dx,) = torch.autograd.grad(y, x, dy)
 
     mask = module._mask(x, parts)
+    assert module.bias is not None
     a = parts.a_all.clone().requires_grad_()
     bs = [part.b.clone().requires_grad_() for part in parts.slices]
     want = x @ module.weight.t() + module.bias

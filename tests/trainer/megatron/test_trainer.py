@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from framework.trainer.megatron.trainer import RECOMPUTE
 from tests.tiny_models import VARIANTS
 from tests.trainer.megatron.conftest import GRADIENT_KEYS, Reference
 from tests.trainer.megatron.scenario import FIVE_STEPS, combine
@@ -130,7 +131,7 @@ def test_recomputing_changes_not_one_bit(world: str, kind: str, by_world: Worlds
     """The masks of dropout are drawn again alike."""
     for rank in by_world[world]:
         kept = rank[kind]["none"]
-        for mode in ("mlp", "full"):
+        for mode in RECOMPUTE[1:]:
             again = rank[kind][mode]
             assert again["loss"] == kept["loss"]
             assert all(torch.equal(again["gradient"][name], tensor) for name, tensor in kept["gradient"].items())

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from framework.service import routes_openai, routes_rest, routes_simple, routes_tinker
-from framework.service.http import BodyLimit, add_error_handlers, log_requests
+from framework.service import routes_keys, routes_openai, routes_rest, routes_simple, routes_tinker
+from framework.service.http import BodyLimit, add_error_handlers, log_requests, service_of
 from framework.service.service import Service
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1", "testserver"]
@@ -28,9 +29,10 @@ def build_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="Tandem", version="1", lifespan=lifespan)
     app.state.service = service
-    for routes in (routes_tinker, routes_rest, routes_simple, routes_openai):
+    for routes in (routes_tinker, routes_rest, routes_simple, routes_openai, routes_keys):
         app.include_router(routes.router)
-    app.add_api_route("/healthz", healthz, methods=["GET"], tags=["operation"])
+    for path, handler in (("/healthz", healthz), ("/readyz", readyz), ("/metrics", metrics)):
+        app.add_api_route(path, handler, methods=["GET"], tags=["operation"], response_model=None)
     app.add_middleware(BaseHTTPMiddleware, dispatch=log_requests)
     app.add_middleware(BodyLimit, max_bytes=service.config.max_body_mib << 20)
     if service.config.auth == "local":  # a web page must not reach the loopback service under a name of its own
@@ -42,3 +44,18 @@ def build_app(service: Service) -> FastAPI:
 async def healthz() -> Response:
     """The process answers."""
     return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """Requests are taken: the server is not stopping."""
+    service = service_of(request)
+    if service.stopping:
+        return JSONResponse({"status": "stopping"}, status_code=503)
+    return JSONResponse({"status": "ready", "waiting": len(service.futures.pending)})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    service = service_of(request)
+    service.metrics.waiting.set(len(service.futures.pending))
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

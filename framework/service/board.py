@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from framework.service.adapters import Adapters
+from framework.service.metrics import Metrics
 from framework.service.ops import Outcome
 from framework.service.plan import VersionKey
 from framework.service.replies import failure_reply, reply
@@ -54,6 +55,7 @@ class Board:
     scheduler: Scheduler
     deliver: Callable[[list[tuple[str, Outcome]]], None]
     """Tells the HTTP thread, after the outcomes are in the registry."""
+    metrics: Metrics
     stream: Callable[[str, int, tuple[int, ...]], None]
     """(request id, sample index, new tokens) for samples that asked for them."""
     trainer_slots: Slots[str] = field(init=False)
@@ -93,6 +95,7 @@ class Board:
         """Keeps an outcome for the next flush; replayed requests have theirs already."""
         if not entry.replay:
             self.outcomes.append((entry.request_id, outcome))
+            self.metrics.outcomes.labels(entry.kind, str(outcome.failed).lower()).inc()
 
     def flush(self) -> None:
         """Writes outcomes down, then tells."""

@@ -57,6 +57,10 @@ class Keys:
         row = {"key_hash": _digest(key), "owner": owner, "admin": int(admin), "created": time.time()}
         self.store.insert("api_keys", row, replace=True)
 
+    def any(self) -> bool:
+        """Whether there is a key at all."""
+        return self.store.one("SELECT 1 FROM api_keys LIMIT 1") is not None
+
     def revoke(self, key_hash: str) -> bool:
         """Forgets a key; False if there is none with this hash."""
         return bool(self.store.write("DELETE FROM api_keys WHERE key_hash=?", key_hash))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -76,13 +77,14 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         heartbeat_s=HEARTBEAT_S,
         stop_grace_s=config.stop_grace_s,
     )
-    futures = Futures(store=store)
+    futures, metrics = Futures(store=store), Metrics()
     board = Board(
         config=loop_config,
         store=store,
         adapters=adapters,
         scheduler=Scheduler(max_in_flight=config.max_in_flight),
         deliver=futures.deliver,
+        metrics=metrics,
         stream=futures.stream,
     )
     leader = Leader(board=board, reports=Reports(board=board))
@@ -100,12 +102,31 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         futures=futures,
         keys=Keys(store=store, auth=config.auth),
         rates=Rates(per_s=config.max_requests_per_s),
-        metrics=Metrics(),
+        metrics=metrics,
         post=leader.inbox.put,
     )
+    _admit_admin(config, service.keys)
     repeated, pending = recover(board, futures, limits)
     log.info("registry opened", extra={"to_repeat": repeated, "pending": pending})
     return service, leader
+
+
+def _admit_admin(config: ServiceConfig, keys: Keys) -> None:
+    """Registers the admin key from the environment; without any key nobody could ever call.
+
+    Raises:
+        ConfigError: keys are required and there is neither one in the registry nor one in the environment.
+    """
+    if config.auth != "keys":
+        return
+    key = os.environ.get(config.admin_key_variable)
+    if key:
+        keys.add(key, "admin", admin=True)
+    elif not keys.any():
+        raise ConfigError(
+            f"service.auth=keys and the registry has no key yet: set the environment variable "
+            f"{config.admin_key_variable} to an admin's key (it begins with tml-), then POST /admin/keys makes others"
+        )
 
 
 def build_worker(config: ServiceConfig, backend: Backend) -> Worker:

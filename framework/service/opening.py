@@ -75,7 +75,7 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
         mesh=base.mesh,
         tp_size=base.mesh.tp_size,
         vocab_size=base.spec.vocab_size,
-        pad_to_multiple_of=getattr(trainer, "token_multiple", 1),
+        pad_to_multiple_of=trainer.token_multiple,
         max_lora_rank=service.max_rank,
         model=_model(run, base, engine.max_prompt_tokens),
     )

@@ -21,6 +21,7 @@ from framework.service.ops import (
     RemoveAdapter,
     Sample,
     SaveCheckpoint,
+    TrainBatch,
 )
 from framework.service.plan import Failure, LoadVersion, Plan, Progress, Restore, Run, Snapshot, Submit, VersionKey
 from framework.service.replies import failure_reply, reply
@@ -48,11 +49,16 @@ class Reports:
             if handler is not None:
                 handler(action, result, spent)
         self.board.flush()
+        metrics = self.board.metrics
+        metrics.in_flight.set(len(self.board.parts))
+        metrics.trainer_adapters.set(len(self.board.trainer_slots.resident))
+        metrics.engine_versions.set(len(self.board.engine_slots.resident))
 
     def stepped(self, output: StepOutput, seconds: float) -> None:
         """Takes what one engine step produced."""
         board = self.board
         board.scheduler.charge_step(seconds)
+        board.metrics.step_seconds.observe(seconds)
         for engine_id, tokens in output.new_tokens.items():
             part = board.parts.get(engine_id)
             if part is not None and isinstance(part.entry.op, Sample) and part.entry.op.stream:
@@ -61,6 +67,7 @@ class Reports:
             part = self._left_engine(engine_id)
             if part is None:
                 continue
+            board.metrics.sampled_tokens.inc(len(completion.token_ids))
             entry, op = part.entry, part.entry.op
             assert isinstance(op, Sample)
             done = board.sampling[entry.request_id].done
@@ -129,6 +136,7 @@ class Reports:
         assert entry.request_id == action.request_id, "the head is what ran"
         adapter = board.adapters.known[action.adapter_id]
         board.scheduler.charge_training(entry, seconds, time.monotonic())
+        board.metrics.op_seconds.labels(type(entry.op).__name__).observe(seconds)
         adapter.unsaved_s += seconds
         if isinstance(result, Progress):
             return
@@ -138,6 +146,8 @@ class Reports:
             self._failed(entry, adapter, action, result)
             return
         op = entry.op
+        if isinstance(op, TrainBatch) and op.backward:
+            board.metrics.trained_tokens.inc(op.num_tokens)
         if isinstance(op, OptimStep | LoadState):
             adapter.version += 1
         if isinstance(op, LoadState) or (isinstance(op, CreateAdapter) and op.source is not None):

@@ -24,6 +24,8 @@ class ServiceConfig:
     """PEFT folders of the simple client's adapters; None is ``lora_adapters`` in ``data_dir``."""
     auth: Literal["local", "keys"] = "local"
     """``local``: no keys, one user, loopback only. ``keys``: every request needs one."""
+    admin_key_variable: str = "TANDEM_ADMIN_KEY"
+    """Environment variable with the first admin's key, where ``auth`` is ``keys``."""
     trainer_adapters: int = 8
     """Adapters kept in the trainer; the least recently used leave to disk and come back exactly."""
     max_in_flight: int = 64

@@ -70,6 +70,10 @@ class ToyTrainer:
         self.fail_at_call: int | None = None
         self.calls = 0
 
+    @property
+    def token_multiple(self) -> int:
+        return 1
+
     def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> None:
         if name in self.loaded:
             raise AdapterError(f"the trainer already has an adapter named {name!r}")

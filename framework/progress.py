@@ -10,11 +10,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from framework.checkpoint import rng_state, set_rng_state
 from framework.config import RunConfig, flatten, plain
 from framework.data.order import ShuffledOrder
+from framework.errors import AdapterError
+from framework.lora.peft_io import load_peft
+from framework.lora.spec import LoraSpec
 from framework.runtime import POLICY, Runtime, SamplingRuntime
 
 
@@ -44,6 +51,10 @@ def begin(cfg: RunConfig, rt: Runtime, order: ShuffledOrder) -> Progress:
     """Makes the adapter, or takes up the checkpoint that the runtime found. All ranks must call it."""
     rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
     if rt.resumed is None:
+        if cfg.init_adapter is not None:
+            with rt.mesh.agree_on_error("reading the adapter"):
+                tensors = read_initial(Path(cfg.init_adapter), cfg.lora)
+            rt.trainer.import_adapter(POLICY, tensors)
         return Progress(order=order)
     state, meta = rt.resumed.state, rt.resumed.meta
     prefix = "adapter."
@@ -55,6 +66,24 @@ def begin(cfg: RunConfig, rt: Runtime, order: ShuffledOrder) -> Progress:
         rt.weight_sync.versions.last = meta["last_version"]
     set_rng_state(state)
     return Progress(order=order, step=rt.resumed.step, evaluations=list(meta["evaluations"]))
+
+
+def read_initial(folder: Path, spec: LoraSpec) -> Mapping[str, npt.NDArray[np.float32]]:
+    """The factors of a PEFT folder.
+
+    Raises:
+        AdapterError: the folder cannot be read, or its adapter is of another shape; the keys to change are named.
+    """
+    found, tensors = load_peft(folder)
+    differing = {
+        key: (getattr(found, key), getattr(spec, key))
+        for key in ("rank", "alpha", "targets", "use_rslora")
+        if getattr(found, key) != getattr(spec, key)
+    }
+    if differing:
+        lines = ", ".join(f"lora.{key}={theirs!r} (here {ours!r})" for key, (theirs, ours) in differing.items())
+        raise AdapterError(f"init_adapter={folder}: this adapter needs {lines}")
+    return tensors
 
 
 def save(cfg: RunConfig, rt: Runtime, progress: Progress) -> None:

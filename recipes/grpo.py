@@ -64,6 +64,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
         metrics |= {"optim/grad_norm": optim.grad_norm, "optim/learning_rate": adam.learning_rate}
+        metrics["sync/version"] = float(ref.version)
         metrics |= {"time/tokens_per_s": num_tokens / timer.total()}
         rt.tracker.log(step, metrics)
         history.append(metrics)

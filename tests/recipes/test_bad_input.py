@@ -145,3 +145,24 @@ def test_a_section_the_recipe_does_not_use_is_refused(tmp_path: Path) -> None:
     code, output = launch(tmp_path, "engine.max_adapters=3", recipe="sft")
     assert code != 0
     assert any("does not use the section 'engine'" in line for line in errors(output))
+
+
+def test_an_adapter_of_another_shape_names_the_keys(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": f"say {n}", "completion": str(n)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (f"data.name_or_path={tmp_path / 'rows.jsonl'}", "data.heldout_rows=4", "data.batch_size=4")
+    code, _ = launch(tmp_path, f"model.name_or_path={model}", *data, "lora.rank=4", recipe="sft")
+    assert code == 0
+    adapter = f"init_adapter={tmp_path / 'run' / 'adapter'}"
+    code, output = launch(tmp_path, f"model.name_or_path={model}", *data, adapter, "lora.rank=8", recipe="sft")
+    assert code != 0
+    assert any("lora.rank=4 (here 8)" in line for line in errors(output))
+    first = _losses(tmp_path)
+    code, _ = launch(tmp_path, f"model.name_or_path={model}", *data, adapter, "lora.rank=4", recipe="sft")
+    assert code == 0
+    assert _losses(tmp_path)[0] == pytest.approx(first[-1], rel=2e-2)  # it starts where the first run, in bf16, ended
+
+
+def _losses(tmp_path: Path) -> list[float]:
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row["eval/loss"] for row in rows if "eval/loss" in row]

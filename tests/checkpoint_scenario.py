@@ -149,7 +149,10 @@ def kill_while_writing(folder: Path) -> int:
         if child == 0:
             save(open_store(folder), trial + 2, size=size)
             os._exit(0)
-        time.sleep(0.02 * (trial + 1))
+        final = folder / f"step_{trial + 2:06d}"
+        while not final.exists() and not any(folder.glob("step_*.tmp-*/rank_*")):
+            time.sleep(0.0002)  # the kill has to hit the write, whatever else the machine does
+        time.sleep(0.003 * trial)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         unfinished += any(".tmp-" in name for name in names(folder))

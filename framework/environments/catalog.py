@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from framework.data.chat import Chat
 from framework.environments.arithmetic import arithmetic
 from framework.environments.base import Problems, Reward
+from framework.environments.calculator import calculator
 from framework.environments.code import code
 from framework.environments.question_answer import dataset, gsm8k, math
 from framework.environments.reasoning_gym import reasoning_gym
@@ -30,6 +31,7 @@ Builder = Callable[..., Problems]
 
 ENVIRONMENTS: Mapping[str, Builder] = {
     "arithmetic": arithmetic,
+    "calculator": calculator,
     "reasoning_gym": reasoning_gym,
     "dataset": dataset,
     "gsm8k": gsm8k,

@@ -93,7 +93,9 @@ def test_a_judge_that_gives_no_score_fails(
 
 
 def test_a_server_that_is_not_there_fails() -> None:
-    with pytest.raises(EnvironmentFailure, match=r"judge-1 at http://127\.0\.0\.1:9/v1/chat/completions failed 2 times"):
+    with pytest.raises(
+        EnvironmentFailure, match=r"judge-1 at http://127\.0\.0\.1:9/v1/chat/completions failed 2 times"
+    ):
         judge("http://127.0.0.1:9/v1", attempts=2)("x", question="?")
 
 

@@ -216,7 +216,7 @@ class RunConfig:
     """null starts anew. auto continues from the newest checkpoint in run_dir, or, where run_dir is null, in the newest
     folder of ``runs/<recipe>`` that has one and no summary; without a checkpoint it starts anew."""
     init_adapter: str | None = None
-    """A PEFT folder whose factors the run starts from; null starts with fresh ones. Its shape must be that of ``lora``."""
+    """A PEFT folder whose factors the run starts from, of the shape that ``lora`` says; null starts with fresh ones."""
     model: ModelConfig = field(default_factory=ModelConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

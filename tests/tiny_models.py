@@ -25,14 +25,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"family": "llama", "tied": False},
     "llama3_rope": {"family": "llama", "tied": True},
     "qwen2": {"family": "qwen2", "tied": True},
-    "qwen3": {"family": "qwen3", "tied": False, "hidden_size": 96, "max_shard_size": "100KB"},
+    "qwen3": {"family": "qwen3", "tied": False, "head_dim": 32, "max_shard_size": "100KB"},
 }
 """``qwen3`` has head_dim * heads != hidden_size, and lies in several files with an index."""
 
 
 def make(variant: str, folder: Path) -> Path:
     """Writes ``folder/variant`` in float32 and returns it."""
-    path = make_tiny_model(folder / variant, vocab_size=VOCAB_SIZE, ffn_size=96, **VARIANTS[variant])
+    path = make_tiny_model(folder / variant, vocab_size=VOCAB_SIZE, ffn_size=96, **{"hidden_size": 64, "head_dim": 16, **VARIANTS[variant]})
     if variant == "llama3_rope":  # rotary embeddings have no weights, so the checkpoint fits either kind
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "rope_parameters": LLAMA3_ROPE}))

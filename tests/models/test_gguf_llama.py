@@ -16,7 +16,7 @@ from framework.errors import ModelError
 from framework.models.gguf_llama import LAYER_TENSORS, TENSORS, convert_gguf
 from framework.models.tiny import make_tiny_model
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 32
 
 
 def sides_together(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A push is this rank's shards copied into a slot of this rank's engine: no gather, no disk, no collective. What comes
 after is the proof: the set of modules in the slot equals the set exported, and every factor read back is bit for bit
-the trainer's.
+the trainer's. The same proof before each update (:meth:`WeightSync.verify`) finds a push that was skipped and a slot
+that something else has written to.
 """
 
 from __future__ import annotations
@@ -85,12 +86,30 @@ class WeightSync:
         ref = AdapterRef(name=name, version=self.versions.next(), content_hash=_digest(pushed, words))
         self._engine.load_adapter(ref, spec, shards)
         self._synchronize()
-        slot = self._engine.read_adapter(ref)
+        _compare(ref, spec, pushed, words, self._slot(ref))
+        return ref
+
+    def verify(self, ref: AdapterRef) -> None:
+        """Proves again that the slot of ``ref`` holds, bit for bit, what the trainer holds now.
+
+        Called between sampling and the update it shows that the samples came from the weights that are updated.
+
+        Raises:
+            DeliveryError: the trainer went on without a push, or the slot was overwritten; names the module.
+        """
+        pushed = _remembered(self._pushed.get(ref.name), self._trainer.adapter_shards(ref.name))
+        _compare(ref, self._trainer.adapters()[ref.name], pushed, pushed.gather(), self._slot(ref))
+
+    def release(self, name: str) -> None:
+        """Unloads the version that :meth:`push` made last; its number is not used again."""
+        self._engine.unload_adapter(self._current.pop(name))
+
+    def _slot(self, ref: AdapterRef) -> Factors:
+        shards = self._engine.read_adapter(ref)
         if len(self._held) > MAX_HELD:
             self._held.clear()
-        held = self._held[id(slot)] = _remembered(self._held.get(id(slot)), slot)
-        _compare(ref, spec, pushed, words, held)
-        return ref
+        held = self._held[id(shards)] = _remembered(self._held.get(id(shards)), shards)
+        return held
 
 
 def _remembered(known: Factors | None, shards: Mapping[str, LoraShard]) -> Factors:
@@ -114,6 +133,13 @@ class Factors:
         self._views = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
         self._aliased = all(part.data_ptr() == view.data_ptr() for part, view in zip(self._parts, self._views, strict=True))
         self.shape = "".join(f"{path}{tuple(s.a.shape)}{tuple(s.b.shape)}" for path, s in shards.items())
+        owners: dict[int, str] = {}
+        self.repeated: tuple[str, str] | None = None
+        """Two modules whose factors are the same memory."""
+        for path, shard in shards.items():
+            for factor in (shard.a, shard.b):
+                if (owner := owners.setdefault(factor.data_ptr(), path)) != path and factor.numel():
+                    self.repeated = (owner, path)
         if self._parts:
             size = sum(part.nbytes for part in self._parts)
             spare = -size % (8 * _COLUMNS) // self._parts[0].element_size()
@@ -159,13 +185,16 @@ def check_delivery(
         held: the engine's slot by module path; modules that were not pushed must be zero.
 
     Raises:
-        DeliveryError: naming the first module that is missing, should be zero, or differs.
+        DeliveryError: naming the first module that is missing, exported twice, should be zero, or differs.
     """
     mine = Factors(pushed)
     _compare(ref, spec, mine, mine.gather(), Factors(held))
 
 
 def _compare(ref: AdapterRef, spec: LoraSpec, pushed: Factors, words: Tensor, held: Factors) -> None:
+    if pushed.repeated is not None:
+        first, second = pushed.repeated
+        raise DeliveryError(f"{ref}: the trainer exports the same factor as {first} and as {second}")
     if pushed.shape == held.shape:  # the same modules in the same order: every push of a full adapter
         if bool((words != held.gather()).any()):
             _explain(ref, pushed.shards, held.shards)
@@ -186,7 +215,7 @@ def _check_modules(
             raise DeliveryError(f"{ref}: {sorted(paths)[0]} {problem} ({len(paths)} modules in all)")
     for path, shard in pushed.items():
         if held[path].a.shape != shard.a.shape or held[path].b.shape != shard.b.shape:
-            raise DeliveryError(f"{ref}: the engine's slot differs from the trainer's shard in the shape of {path}")
+            raise DeliveryError(f"{ref}: {path} has another shape in the engine's slot than in the trainer")
 
 
 def _explain(ref: AdapterRef, pushed: Mapping[str, LoraShard], held: Mapping[str, LoraShard]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import time
@@ -106,6 +107,7 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
         synchronize=base.device.synchronize,
         check_lockstep=base.mesh.check_lockstep,
     )
+    settle()
     return SamplingRuntime(
         base=base,
         trainer=trainer,
@@ -114,6 +116,12 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
         weight_sync=sync,
         **open_records(cfg, base),
     )
+
+
+def settle() -> None:
+    """Takes what start-up made out of the garbage collector's rounds, which would cost a push tens of milliseconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def load_weights(base: Base) -> dict[str, torch.Tensor]:

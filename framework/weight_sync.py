@@ -2,13 +2,14 @@
 
 A push is this rank's shards copied into a slot of this rank's engine: no gather, no disk, no collective. What comes
 after is the proof: the set of modules in the slot equals the set exported, and every factor read back is bit for bit
-the trainer's.
+the trainer's. The same proof before each update (:meth:`WeightSync.verify`) finds a push that was skipped and a slot
+that something else has written to.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class WeightSync:
         self._synchronize = synchronize
         self._check_lockstep = check_lockstep
         self._current: dict[str, AdapterRef] = {}
+        self._pushed: dict[str, Factors] = {}
+        self._held: dict[int, Factors] = {}
 
     def push(self, name: str) -> AdapterRef:
         """Makes the adapter's present weights a new version in the engine; its previous version is unloaded.
@@ -72,14 +75,82 @@ class WeightSync:
 
     def publish(self, name: str) -> AdapterRef:
         """Like :meth:`push`, but earlier versions stay; the caller unloads them."""
-        spec = self._trainer.adapters()[name]
+        adapters = self._trainer.adapters()
+        spec = adapters[name]
         self._check_lockstep("push", (name, spec, self.versions.last + 1))
         shards = self._trainer.adapter_shards(name)
-        ref = AdapterRef(name=name, version=self.versions.next(), content_hash=content_hash(shards))
+        for gone in [other for other in self._pushed if other not in adapters]:
+            del self._pushed[gone]  # its views would keep a removed adapter's memory
+        pushed = self._pushed[name] = _remembered(self._pushed.get(name), shards)
+        words = pushed.gather()
+        ref = AdapterRef(name=name, version=self.versions.next(), content_hash=_digest(pushed, words))
         self._engine.load_adapter(ref, spec, shards)
         self._synchronize()
-        check_delivery(ref, spec, shards, self._engine.read_adapter(ref))
+        _compare(ref, spec, pushed, words, self._slot(ref))
         return ref
+
+    def verify(self, ref: AdapterRef) -> None:
+        """Proves again that the slot of ``ref`` holds, bit for bit, what the trainer holds now.
+
+        Called between sampling and the update it shows that the samples came from the weights that are updated.
+
+        Raises:
+            DeliveryError: the trainer went on without a push, or the slot was overwritten; names the module.
+        """
+        pushed = _remembered(self._pushed.get(ref.name), self._trainer.adapter_shards(ref.name))
+        _compare(ref, self._trainer.adapters()[ref.name], pushed, pushed.gather(), self._slot(ref))
+
+    def release(self, name: str) -> None:
+        """Unloads the version that :meth:`push` made last; its number is not used again."""
+        self._engine.unload_adapter(self._current.pop(name))
+
+    def _slot(self, ref: AdapterRef) -> Factors:
+        shards = self._engine.read_adapter(ref)
+        if len(self._held) > MAX_HELD:
+            self._held.clear()
+        held = self._held[id(shards)] = _remembered(self._held.get(id(shards)), shards)
+        return held
+
+
+def _remembered(known: Factors | None, shards: Mapping[str, LoraShard]) -> Factors:
+    """Trainer and engine hand out the same views at every push; flattening them takes longer than the push."""
+    return known if known is not None and known.shards is shards else Factors(shards)
+
+
+MAX_HELD = 256
+"""Slots, by rank, whose views are remembered."""
+
+_COLUMNS = 4096
+"""Words of eight bytes in a row of the digest's sum; what is gathered is filled up to whole rows."""
+
+
+class Factors:
+    """One mapping's factors as flat vectors, so that all of them are gathered in one pass over the device."""
+
+    def __init__(self, shards: Mapping[str, LoraShard]) -> None:
+        self.shards = shards
+        self._parts = [factor.reshape(-1) for shard in shards.values() for factor in (shard.a, shard.b)]
+        self._views = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
+        self._aliased = all(part.data_ptr() == view.data_ptr() for part, view in zip(self._parts, self._views, strict=True))
+        self.shape = "".join(f"{path}{tuple(s.a.shape)}{tuple(s.b.shape)}" for path, s in shards.items())
+        owners: dict[int, str] = {}
+        self.repeated: tuple[str, str] | None = None
+        """Two modules whose factors are the same memory."""
+        for path, shard in shards.items():
+            for factor in (shard.a, shard.b):
+                if (owner := owners.setdefault(factor.data_ptr(), path)) != path and factor.numel():
+                    self.repeated = (owner, path)
+        if self._parts:
+            size = sum(part.nbytes for part in self._parts)
+            spare = -size % (8 * _COLUMNS) // self._parts[0].element_size()
+            self._spare = [self._parts[0].new_zeros(spare)]
+
+    def gather(self) -> Tensor:
+        """``[rows, 4096]`` int64: the factors' bytes as they are now, end to end, zeros after them."""
+        if not self._parts:
+            return torch.zeros(0, _COLUMNS, dtype=torch.int64)
+        parts = self._parts if self._aliased else [view.reshape(-1) for view in self._views]
+        return torch.cat(parts + self._spare).view(torch.int64).view(-1, _COLUMNS)
 
 
 def content_hash(shards: Mapping[str, LoraShard]) -> str:
@@ -88,27 +159,18 @@ def content_hash(shards: Mapping[str, LoraShard]) -> str:
     The sum weighs each word of eight bytes by its place, with odd weights, modulo 2**64: a changed word always changes
     it, moved values change it.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for path, shard in shards.items():
-        digest.update(f"{path}{tuple(shard.a.shape)}{tuple(shard.b.shape)}".encode())
-    digest.update(str(int(_pattern_sum(_words(_factors(shards.values()))))).encode())
-    return digest.hexdigest()
+    factors = Factors(shards)
+    return _digest(factors, factors.gather())
 
 
-def _factors(shards: Iterable[LoraShard]) -> list[Tensor]:
-    return [factor for shard in shards for factor in (shard.a, shard.b)]
+def _digest(factors: Factors, words: Tensor) -> str:
+    columns, rows = (_odd_weights(n, words.device) for n in (words.shape[1], words.shape[0]))
+    total = ((words * columns).sum(dim=1) * rows).sum()
+    return hashlib.blake2b(f"{factors.shape}{int(total)}".encode(), digest_size=8).hexdigest()
 
 
-def _words(factors: list[Tensor]) -> Tensor:
-    """``[n]`` int64: the factors' bytes end to end, filled up with zeros to whole words; one gather on the device."""
-    flat = torch.cat([factor.reshape(-1) for factor in factors])
-    spare = -flat.nbytes % 8 // flat.element_size()
-    return (torch.cat([flat, flat.new_zeros(spare)]) if spare else flat).view(torch.int64)
-
-
-def _pattern_sum(words: Tensor) -> Tensor:
-    weights = torch.arange(1, 2 * len(words), 2, device=words.device) * 2654435761
-    return (words * weights).sum()
+def _odd_weights(count: int, device: torch.device) -> Tensor:
+    return (torch.arange(1, count + 1, device=device) * -7046029254386353131) | 1  # 2**64 / golden ratio, as int64
 
 
 def check_delivery(
@@ -123,8 +185,30 @@ def check_delivery(
         held: the engine's slot by module path; modules that were not pushed must be zero.
 
     Raises:
-        DeliveryError: naming the first module that is missing, should be zero, or differs.
+        DeliveryError: naming the first module that is missing, exported twice, should be zero, or differs.
     """
+    mine = Factors(pushed)
+    _compare(ref, spec, mine, mine.gather(), Factors(held))
+
+
+def _compare(ref: AdapterRef, spec: LoraSpec, pushed: Factors, words: Tensor, held: Factors) -> None:
+    if pushed.repeated is not None:
+        first, second = pushed.repeated
+        raise DeliveryError(f"{ref}: the trainer exports the same factor as {first} and as {second}")
+    if pushed.shape == held.shape:  # the same modules in the same order: every push of a full adapter
+        if bool((words != held.gather()).any()):
+            _explain(ref, pushed.shards, held.shards)
+        return
+    _check_modules(ref, spec, pushed.shards, held.shards)
+    stray = Factors({path: shard for path, shard in held.shards.items() if path not in pushed.shards})
+    theirs = Factors({path: held.shards[path] for path in pushed.shards})
+    if bool((words != theirs.gather()).any() | stray.gather().any().to(words.device)):
+        _explain(ref, pushed.shards, held.shards)
+
+
+def _check_modules(
+    ref: AdapterRef, spec: LoraSpec, pushed: Mapping[str, LoraShard], held: Mapping[str, LoraShard]
+) -> None:
     wanted = {path for path in held if path.rpartition(".")[2] in spec.targets}
     for problem, paths in (("was not pushed", wanted - set(pushed)), ("has no slot", set(pushed) - set(held))):
         if paths:
@@ -132,15 +216,11 @@ def check_delivery(
     for path, shard in pushed.items():
         if held[path].a.shape != shard.a.shape or held[path].b.shape != shard.b.shape:
             raise DeliveryError(f"{ref}: {path} has another shape in the engine's slot than in the trainer")
-    stray = [path for path in held if path not in pushed]
-    mine, theirs = _words(_factors(pushed.values())), _words(_factors(held[path] for path in pushed))
-    wrong = (mine != theirs).any()
-    if stray:
-        wrong = wrong | _words(_factors(held[path] for path in stray)).any()
-    if not wrong:
-        return
+
+
+def _explain(ref: AdapterRef, pushed: Mapping[str, LoraShard], held: Mapping[str, LoraShard]) -> None:
     for path, shard in pushed.items():
-        if not torch.equal(_words(_factors([shard])), _words(_factors([held[path]]))):
+        if bool((Factors({path: shard}).gather() != Factors({path: held[path]}).gather()).any()):
             raise DeliveryError(f"{ref}: the engine's slot differs from the trainer's shard in {path}")
-    odd = next(path for path in stray if _words(_factors([held[path]])).any())
+    odd = next(path for path in held if path not in pushed and Factors({path: held[path]}).gather().any())
     raise DeliveryError(f"{ref}: {odd} has no adapter, but its slot is not zero")

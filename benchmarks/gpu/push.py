@@ -27,6 +27,7 @@ from framework.lora.peft_io import save_peft
 from framework.lora.spec import LoraSpec
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec
+from framework.runtime import settle
 from framework.trainer.base import LoraShard
 from framework.trainer.megatron.adapter import AdapterState
 from framework.types import AdamParams, AdapterRef
@@ -86,7 +87,7 @@ class BareSlots:
 def engine_of_slots(slots: BareSlots, device: Device) -> VllmEngine:
     """The engine's own push code over bare slots."""
     engine = VllmEngine.__new__(VllmEngine)
-    vars(engine).update(_slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _places_of={})
+    vars(engine).update(_slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _places_of={}, _read_of={})
     return engine
 
 
@@ -108,6 +109,7 @@ def measure(spec: ModelSpec, rank: int, engine: VllmEngine, mesh: Mesh, device: 
         trainer, engine, VersionCounter(), synchronize=device.synchronize, check_lockstep=mesh.check_lockstep
     )
     alone, proved = [], []
+    settle()
     for index in range(repeats):
         state.grad.normal_()
         state.optim_step(AdamParams(learning_rate=1e-3))

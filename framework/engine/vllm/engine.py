@@ -60,7 +60,9 @@ class VllmEngine:
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
+        # A push has no time to make a thousand views, so they are made once: by slot and rank, and modules.
         self._places_of: dict[tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._read_of: dict[tuple[int, int], Mapping[str, LoraShard]] = {}
 
     @property
     def llm_engine(self) -> Any:
@@ -129,8 +131,11 @@ class VllmEngine:
         slot = self._slot(ref)
         if self._slots.bound_id(slot) != ref.version:
             raise AdapterError(f"slot {slot} serves version {self._slots.bound_id(slot)}, not {ref}")
-        rank = self._rank_of[ref.version].rank
-        return {path: LoraShard(a=rows.a[:rank], b=rows.b[:, :rank]) for path, rows in self._slots.rows(slot).items()}
+        key = (slot, self._rank_of[ref.version].rank)
+        if key not in self._read_of:
+            rows_of, rank = self._slots.rows(slot), key[1]
+            self._read_of[key] = {path: LoraShard(a=r.a[:rank], b=r.b[:, :rank]) for path, r in rows_of.items()}
+        return self._read_of[key]
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         """See :meth:`RolloutEngine.unload_adapter`."""

@@ -30,7 +30,7 @@ def write_gguf(folder: Path, path: Path, *, architecture: str = "llama") -> Path
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(2048)
-    writer.add_embedding_length(64)
+    writer.add_embedding_length(128)
     writer.add_feed_forward_length(128)
     writer.add_head_count(NUM_HEADS)
     writer.add_head_count_kv(NUM_KV_HEADS)

@@ -10,15 +10,19 @@ its loader is replaced by one that refuses.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from framework.device import Device
+from framework.distributed import Mesh
 from framework.errors import AdapterError
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,6 +35,30 @@ def prepare_environment(device: Device) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if device.kind == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the same cores
+
+
+def name_shared_memory(mesh: Mesh) -> None:
+    """Gives this run's shared memory a name of its own; must run after vllm can be imported and before it starts.
+
+    On a CPU the ranks of a tensor-parallel group exchange through named shared memory. Under an external launcher vLLM
+    (0.32) gives it the same name in every run, so that a second run beside this one, or after a killed one, fails with
+    "create shm in SHMManager failed". What dead runs left behind is removed here.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    folder = Path("/dev/shm")
+    if mesh.is_leader and folder.is_dir():
+        for left in folder.glob("tandem-*-cpushm_*"):
+            if not psutil.pid_exists(int(left.name.split("-")[1])):
+                left.unlink(missing_ok=True)
+    token = mesh.broadcast(f"tandem-{os.getpid()}-{secrets.token_hex(4)}")
+    original = _CPUSHMDistributed.make_group_name
+
+    def make_group_name(communicator: Any) -> str:
+        os.environ["VLLM_DIST_IDENT"] = f"//{token}"
+        return original(communicator)
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 @contextmanager

@@ -131,7 +131,9 @@ class Factors:
         self.shards = shards
         self._parts = [factor.reshape(-1) for shard in shards.values() for factor in (shard.a, shard.b)]
         self._views = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
-        self._aliased = all(part.data_ptr() == view.data_ptr() for part, view in zip(self._parts, self._views, strict=True))
+        self._aliased = all(
+            part.data_ptr() == view.data_ptr() for part, view in zip(self._parts, self._views, strict=True)
+        )
         self.shape = "".join(f"{path}{tuple(s.a.shape)}{tuple(s.b.shape)}" for path, s in shards.items())
         owners: dict[int, str] = {}
         self.repeated: tuple[str, str] | None = None

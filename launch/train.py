@@ -19,6 +19,7 @@ ConfigStore.instance().store(name="schema", node=schema())
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
+    """Runs the recipe that the configuration names."""
     try:
         cfg = to_typed(composed)
         RECIPES[cfg.recipe].run(cfg)

@@ -32,7 +32,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 def make(variant: str, folder: Path) -> Path:
     """Writes ``folder/variant`` in float32 and returns it."""
-    path = make_tiny_model(folder / variant, vocab_size=VOCAB_SIZE, ffn_size=96, **{"hidden_size": 64, "head_dim": 16, **VARIANTS[variant]})
+    sizes = {"hidden_size": 64, "head_dim": 16, "ffn_size": 96, **VARIANTS[variant]}
+    path = make_tiny_model(folder / variant, vocab_size=VOCAB_SIZE, **sizes)
     if variant == "llama3_rope":  # rotary embeddings have no weights, so the checkpoint fits either kind
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "rope_parameters": LLAMA3_ROPE}))

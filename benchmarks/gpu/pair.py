@@ -56,7 +56,9 @@ def one_copy(rt: SamplingRuntime) -> dict[str, Any]:
     return {"tensors": len(tensors), "outside the engine": outside}
 
 
-def sample(rt: SamplingRuntime, ref: AdapterRef | None, prompts: list[list[int]], max_tokens: int) -> tuple[Completion, ...]:
+def sample(
+    rt: SamplingRuntime, ref: AdapterRef | None, prompts: list[list[int]], max_tokens: int
+) -> tuple[Completion, ...]:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=1.0, ignore_eos=True)
     return generate(
         rt.engine,
@@ -79,7 +81,9 @@ def batch_of(prompts: list[list[int]], completions: tuple[Completion, ...]) -> B
     return make_batch(datums, aggregation="token_mean", max_tokens=16384)
 
 
-def disagreement(rt: SamplingRuntime, ref: AdapterRef | None, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+def disagreement(
+    rt: SamplingRuntime, ref: AdapterRef | None, prompts: list[list[int]], max_tokens: int
+) -> dict[str, Any]:
     """Of the trainer's logprobs from the engine's, over sampled tokens."""
     completions = sample(rt, ref, prompts, max_tokens)
     trained = rt.trainer.forward(None if ref is None else POLICY, batch_of(prompts, completions))
@@ -99,7 +103,9 @@ def cycles(rt: SamplingRuntime, prompts: list[list[int]], count: int) -> dict[st
     greedy = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
     def tokens() -> tuple[int, ...]:
-        request = SampleRequest(request_id="g", prompt=Prompt(token_ids=tuple(prompts[0])), sampling=greedy, adapter=None)
+        request = SampleRequest(
+            request_id="g", prompt=Prompt(token_ids=tuple(prompts[0])), sampling=greedy, adapter=None
+        )
         return generate(rt.engine, [request])[0].token_ids
 
     before, used, asleep, sleeps, wakes = tokens(), [], [], [], []

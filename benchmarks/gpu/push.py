@@ -87,7 +87,9 @@ class BareSlots:
 def engine_of_slots(slots: BareSlots, device: Device) -> VllmEngine:
     """The engine's own push code over bare slots."""
     engine = VllmEngine.__new__(VllmEngine)
-    vars(engine).update(_slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _places_of={}, _read_of={})
+    vars(engine).update(
+        _slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _places_of={}, _read_of={}
+    )
     return engine
 
 
@@ -101,9 +103,7 @@ def timed(work: Callable[[], Any], device: Device) -> float:
 
 def measure(spec: ModelSpec, rank: int, engine: VllmEngine, mesh: Mesh, device: Device, repeats: int) -> dict[str, Any]:
     """Push alone and push with its proof, each after a real optimizer step."""
-    state = AdapterState(
-        spec, LoraSpec(rank=rank), mesh, seed=0, dtype=torch.bfloat16, device=device.torch_device
-    )
+    state = AdapterState(spec, LoraSpec(rank=rank), mesh, seed=0, dtype=torch.bfloat16, device=device.torch_device)
     trainer: Any = OneAdapter(state)
     sync = WeightSync(
         trainer, engine, VersionCounter(), synchronize=device.synchronize, check_lockstep=mesh.check_lockstep

@@ -142,7 +142,9 @@ def main() -> None:
     results = []
     for case in args.case:
         try:
-            results.append(run_case(case, device, Path(tempfile.mkdtemp()), args.steps, with_profile=case in args.profile))
+            results.append(
+                run_case(case, device, Path(tempfile.mkdtemp()), args.steps, with_profile=case in args.profile)
+            )
         except torch.OutOfMemoryError as error:
             results.append({"case": case, "tokens_per_s": 0.0, "error": str(error)[:200]})
             torch.cuda.empty_cache()

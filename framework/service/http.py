@@ -40,6 +40,7 @@ def caller_of(request: Request) -> Caller:
 
 
 def presented_key(request: Request) -> str | None:
+    """The API key a request carries, in X-API-Key or as a bearer token."""
     key = request.headers.get("x-api-key")
     if key:
         return key

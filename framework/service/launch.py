@@ -130,6 +130,7 @@ def _admit_admin(config: ServiceConfig, keys: Keys) -> None:
 
 
 def build_worker(config: ServiceConfig, backend: Backend) -> Worker:
+    """The part that every rank runs."""
     return Worker(
         trainer=backend.trainer,
         engine=backend.engine,

@@ -71,6 +71,8 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
+    """One AdamW step of an adapter."""
+
     params: AdamParams
 
 

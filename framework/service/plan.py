@@ -50,6 +50,8 @@ class LoadVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadVersion:
+    """Frees the engine slot of a version."""
+
     key: VersionKey
 
 
@@ -84,6 +86,8 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
+    """Drops engine requests nobody waits for."""
+
     engine_ids: tuple[str, ...]
 
 

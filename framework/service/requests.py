@@ -59,6 +59,7 @@ def parse(kind: str, payload: bytes, limits: RequestLimits) -> AdapterOp:
 
 
 def body_json(payload: bytes) -> dict[str, Any]:
+    """A request's body as an object, or a 4xx that says what is wrong with it."""
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:
@@ -79,6 +80,7 @@ def number(body: Mapping[str, Any], key: str, default: float, low: float, high: 
 
 
 def integer(body: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
+    """An integer field between two bounds, or a 4xx that names it."""
     value = body.get(key)
     if value is None:
         return default

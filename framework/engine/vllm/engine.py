@@ -51,8 +51,7 @@ class VllmEngine:
     ) -> None:
         """Starts vLLM in this process. All ranks of the tensor-parallel group must call it."""
         internals.prepare_environment(device)
-        if device.kind == "cpu":
-            internals.name_shared_memory(mesh)
+        internals.name_shared_memory(device, mesh)
         with internals.keep_random_state():
             self._llm = _start(model_path, options, mesh, device, dtype)
         self._device = device

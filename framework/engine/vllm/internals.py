@@ -37,13 +37,15 @@ def prepare_environment(device: Device) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the same cores
 
 
-def name_shared_memory(mesh: Mesh) -> None:
+def name_shared_memory(device: Device, mesh: Mesh) -> None:
     """Gives this run's shared memory a name of its own; must run after vllm can be imported and before it starts.
 
     On a CPU the ranks of a tensor-parallel group exchange through named shared memory. Under an external launcher vLLM
     (0.32) gives it the same name in every run, so that a second run beside this one, or after a killed one, fails with
-    "create shm in SHMManager failed". What dead runs left behind is removed here.
+    "create shm in SHMManager failed". What dead runs left behind is removed here. Elsewhere it does nothing.
     """
+    if device.kind != "cpu":
+        return
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     folder = Path("/dev/shm")

@@ -1,4 +1,4 @@
-"""Each Triton kernel against the plain function in float64, and in bfloat16 no further from it than plain bfloat16 is."""
+"""Each Triton kernel against the plain function in float64; in bfloat16 no further from it than plain bfloat16 is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def results(function: Callable[..., Any], inputs: Sequence[Any], seed: int = 1) 
     return [*(o.detach() for o in outs), x.grad]
 
 
-def check(plain: Callable[..., Any], fast: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype) -> None:
+def assert_as_good_as_plain(
+    plain: Callable[..., Any], fast: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype
+) -> None:
     exact = results(plain, [x.double() if isinstance(x, Tensor) else x for x in inputs])
     fast_results, plain_results = results(fast, inputs), results(plain, inputs)
     for truth, ours, theirs in zip(exact, fast_results, plain_results, strict=True):
@@ -54,13 +56,13 @@ def check(plain: Callable[..., Any], fast: Callable[..., Any], inputs: Sequence[
 @pytest.mark.parametrize("size", [128, 576, 2560, 4096])
 def test_rms_norm(size: int, dtype: torch.dtype, kernels: Pointwise) -> None:
     inputs = [draw(300, size, dtype=dtype), draw(size, dtype=dtype), 1e-5]
-    check(PLAIN.rms_norm, kernels.rms_norm, inputs, dtype)
+    assert_as_good_as_plain(PLAIN.rms_norm, kernels.rms_norm, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 1536, 9728])
 def test_swiglu(size: int, dtype: torch.dtype, kernels: Pointwise) -> None:
-    check(PLAIN.swiglu, kernels.swiglu, [draw(300, 2 * size, dtype=dtype)], dtype)
+    assert_as_good_as_plain(PLAIN.swiglu, kernels.swiglu, [draw(300, 2 * size, dtype=dtype)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +74,7 @@ def test_norm_and_rotate(dim: int, norm: bool, dtype: torch.dtype, kernels: Poin
     cos, sin = angles.cos(), angles.sin()
     weights = [draw(dim, dtype=dtype) if norm else None for _ in range(2)]
     tables = [torch.cat([cos, cos], -1)[:, None].to(dtype), torch.cat([-sin, sin], -1)[:, None].to(dtype)]
-    check(
+    assert_as_good_as_plain(
         PLAIN.norm_and_rotate,
         kernels.norm_and_rotate,
         [draw(257, 10 * dim, dtype=dtype), *weights, *tables, heads],

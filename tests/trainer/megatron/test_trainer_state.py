@@ -310,7 +310,9 @@ def test_a_loss_of_another_shape_is_refused(trainer: MegatronTrainer, datums: li
 
 
 def test_an_unknown_recompute_mode_is_refused(tiny: dict[str, Path], mesh: Mesh, device: Device) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.recompute='half': must be one of \['none', 'mlp', 'all_but_attention', 'full'\]"):
+    with pytest.raises(
+        ConfigError, match=r"trainer.recompute='half': must be one of \['none', 'mlp', 'all_but_attention', 'full'\]"
+    ):
         open_trainer(tiny["llama"], mesh, device, recompute="half")
 
 

@@ -22,6 +22,7 @@ from framework.environments.calculator import calculator
 from framework.environments.code import code
 from framework.environments.question_answer import dataset, gsm8k, math
 from framework.environments.reasoning_gym import reasoning_gym
+from framework.environments.verifiers import verifiers
 from framework.errors import ConfigError
 
 Split = Literal["train", "heldout"]
@@ -37,6 +38,7 @@ ENVIRONMENTS: Mapping[str, Builder] = {
     "gsm8k": gsm8k,
     "math": math,
     "code": code,
+    "verifiers": verifiers,
 }
 
 

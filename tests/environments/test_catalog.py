@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from framework.data.chat import Chat
 from framework.environments.arithmetic import ArithmeticProblems
 from framework.environments.base import Reward
-from framework.environments.catalog import EnvironmentConfig, build_problems, load_reward
+from framework.environments.catalog import ENVIRONMENTS, EnvironmentConfig, build_problems, load_reward
 from framework.environments.single_turn import SingleTurnProblems
 from framework.errors import ConfigError
 from tests.fakes import tiny_tokenizer
@@ -96,3 +99,17 @@ def test_an_unknown_split_is_refused() -> None:
 def test_a_reward_class_is_made_with_its_arguments() -> None:
     reward: Callable[..., float] = load_reward(f"{HERE}.LengthGoal", {"goal": 5})
     assert reward("abc", question="x") == -2
+
+
+CONF = Path(__file__).parents[2] / "conf" / "environment"
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_file_of_the_group_is_a_configuration_of_a_known_environment(file: Path) -> None:
+    config = EnvironmentConfig(**yaml.safe_load(file.read_text()))
+    assert config.name in ENVIRONMENTS
+    assert set(config.args) <= set(inspect.signature(ENVIRONMENTS[config.name]).parameters)
+
+
+def test_every_environment_has_a_file_of_its_name() -> None:
+    assert {file.stem for file in CONF.glob("*.yaml")} >= set(ENVIRONMENTS)

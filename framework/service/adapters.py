@@ -67,6 +67,7 @@ def split_path(path: str) -> tuple[str, str, str]:
 
 
 def checkpoint_path(adapter_id: str, kind: str, name: str) -> str:
+    """The ``tinker://`` path of a checkpoint."""
     return f"tinker://{adapter_id}/{kind}/{name}"
 
 
@@ -185,8 +186,10 @@ def _from_row(row: Mapping[str, Any]) -> Adapter:
 
 
 def spec_to_json(spec: LoraSpec) -> dict[str, Any]:
+    """For the registry."""
     return asdict(spec)
 
 
 def spec_from_json(values: Mapping[str, Any]) -> LoraSpec:
+    """The inverse of :func:`spec_to_json`."""
     return LoraSpec(**{**values, "targets": tuple(values["targets"])})

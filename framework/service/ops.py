@@ -71,6 +71,8 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
+    """One AdamW step from the accumulated gradient."""
+
     params: AdamParams
 
 

@@ -50,6 +50,8 @@ class LoadVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadVersion:
+    """Frees an engine slot; the version stays in its folder."""
+
     key: VersionKey
 
 
@@ -84,6 +86,8 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
+    """Takes completions nobody waits for out of the engine."""
+
     engine_ids: tuple[str, ...]
 
 

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reports:
+    """Turns what the ranks report into rows and outcomes; called by the leader."""
+
     board: Board
 
     def report(self, plan: Plan, results: list[Any], seconds: list[float]) -> None:

@@ -87,6 +87,8 @@ class Part:
 
 @dataclass(slots=True, kw_only=True)
 class Tenant:
+    """Who shares the machine, and how much of it was used."""
+
     clock: float = 0.0
     """Seconds of machine time used, comparable between tenants."""
     samples: deque[Part] = field(default_factory=deque)

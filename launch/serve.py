@@ -20,7 +20,7 @@ ConfigStore.instance().store(name="schema", node=schema())
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")
 def main(composed: DictConfig) -> None:
-    """Serves until it is told to stop."""
+    """Opens the engines and serves."""
     try:
         open_and_serve(*split(OmegaConf.to_container(composed, resolve=True)))
     except FrameworkError as error:  # what a user can cause is one message, not a traceback

@@ -67,7 +67,7 @@ def split_path(path: str) -> tuple[str, str, str]:
 
 
 def checkpoint_path(adapter_id: str, kind: str, name: str) -> str:
-    """The tinker path of a checkpoint; ``kind`` is weights, sampler_weights or external_weights."""
+    """The ``tinker://`` path of a checkpoint."""
     return f"tinker://{adapter_id}/{kind}/{name}"
 
 
@@ -186,7 +186,7 @@ def _from_row(row: Mapping[str, Any]) -> Adapter:
 
 
 def spec_to_json(spec: LoraSpec) -> dict[str, Any]:
-    """A spec as the store keeps it."""
+    """For the registry."""
     return asdict(spec)
 
 

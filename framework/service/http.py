@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ def caller_of(request: Request) -> Caller:
 
 
 def presented_key(request: Request) -> str | None:
-    """The API key a request carries, in X-API-Key or as a bearer token."""
+    """The key a request brings, if any."""
     key = request.headers.get("x-api-key")
     if key:
         return key
@@ -87,9 +88,13 @@ class BodyLimit:
                 raise _BodyTooLarge
             return message
 
-        try:
-            await self.app(scope, limited, send)
-        except _BodyTooLarge:
+        async def unless_refused(message: Message) -> None:
+            if received <= self.max_bytes:  # else whatever the app made of the exception is not the answer
+                await send(message)
+
+        with suppress(_BodyTooLarge):
+            await self.app(scope, limited, unless_refused)
+        if received > self.max_bytes:
             detail = {"detail": f"the body is larger than service.max_body_mib={self.max_bytes >> 20} MiB"}
             await JSONResponse(detail, status_code=413)(scope, receive, send)
 

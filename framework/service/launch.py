@@ -17,12 +17,14 @@ from types import FrameType
 
 import uvicorn
 
-from framework.engine.base import RolloutEngine
+from framework.engine.base import RolloutEngine, SampleRequest, generate
 from framework.errors import ConfigError
+from framework.lora.spec import LoraSpec
 from framework.service.adapters import Adapters, Paths
 from framework.service.app import build_app
 from framework.service.board import Board, LoopConfig
 from framework.service.executor import Executor, Lockstep
+from framework.service.exports import Exports
 from framework.service.futures import Futures
 from framework.service.http import Rates
 from framework.service.keys import Keys
@@ -38,6 +40,7 @@ from framework.service.store import Store
 from framework.service.wire import ModelLimits
 from framework.service.worker import Worker
 from framework.trainer.base import Trainer
+from framework.types import Prompt, SamplingParams
 from framework.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,7 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         keys=Keys(store=store, auth=config.auth),
         rates=Rates(per_s=config.max_requests_per_s),
         metrics=metrics,
+        exports=Exports(backend.model.name),
         post=leader.inbox.put,
     )
     _admit_admin(config, service.keys)
@@ -129,17 +133,33 @@ def _admit_admin(config: ServiceConfig, keys: Keys) -> None:
         )
 
 
-def build_worker(config: ServiceConfig, backend: Backend) -> Worker:
-    """The part that every rank runs."""
+def build_worker(config: ServiceConfig, backend: Backend, exports: Exports | None) -> Worker:
+    """What executes on this rank; ``exports`` on rank 0 only."""
     return Worker(
         trainer=backend.trainer,
         engine=backend.engine,
         weight_sync=backend.weight_sync,
         tp_rank=backend.mesh.tp_rank,
-        base_model=backend.model.name,
+        exports=exports,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         pad_to_multiple_of=backend.pad_to_multiple_of,
     )
+
+
+def warm_up(backend: Backend) -> None:
+    """The engine's first tokens take seconds, of the base model and of an adapter; not while tenants wait."""
+    backend.trainer.add_adapter("warm-up", LoraSpec(rank=1), seed=0)
+    ref = backend.weight_sync.publish("warm-up")
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    generate(
+        backend.engine,
+        [
+            SampleRequest(request_id=f"warm-up-{i}", prompt=Prompt(token_ids=(1,)), sampling=sampling, adapter=adapter)
+            for i, adapter in enumerate((None, ref))
+        ],
+    )
+    backend.engine.unload_adapter(ref)
+    backend.trainer.remove_adapter("warm-up")
 
 
 class HttpThread:
@@ -185,13 +205,14 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def serve(config: ServiceConfig, backend: Backend) -> None:
     """Serves until SIGTERM or SIGINT. All ranks call it; returns on all of them together."""
-    worker = build_worker(config, backend)
+    warm_up(backend)
     if backend.mesh.tp_rank != 0:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)
-        Executor(worker=worker, mesh=backend.mesh, planner=None).run()
+        Executor(worker=build_worker(config, backend, None), mesh=backend.mesh, planner=None).run()
         return
     service, leader = build_service(config, backend)
+    worker = build_worker(config, backend, service.exports)
     http = HttpThread(service)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -207,4 +228,5 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
         Executor(worker=worker, mesh=backend.mesh, planner=leader).run()
     finally:
         http.stop()
+        service.exports.flush()
         service.store.close()

@@ -71,7 +71,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
-    """One AdamW step of an adapter."""
+    """One AdamW step from the accumulated gradient."""
 
     params: AdamParams
 

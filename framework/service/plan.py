@@ -50,7 +50,7 @@ class LoadVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadVersion:
-    """Frees the engine slot of a version."""
+    """Frees an engine slot; the version stays in its folder."""
 
     key: VersionKey
 
@@ -86,7 +86,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
-    """Drops engine requests nobody waits for."""
+    """Takes completions nobody waits for out of the engine."""
 
     engine_ids: tuple[str, ...]
 

@@ -17,7 +17,7 @@ from framework.types import Completion
 
 
 def json_outcome(value: Mapping[str, Any], *, failed: bool = False) -> Outcome:
-    """An outcome whose body is JSON; NaN is refused."""
+    """A JSON answer; NaN and infinities are our bug, as they would end the client."""
     return Outcome(body=json.dumps(value, allow_nan=False).encode(), content_type=wire.JSON, failed=failed)
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reports:
-    """Turns what the ranks did into outcomes on the board."""
+    """Turns what the ranks report into rows and outcomes; called by the leader."""
 
     board: Board
 

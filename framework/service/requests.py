@@ -59,7 +59,11 @@ def parse(kind: str, payload: bytes, limits: RequestLimits) -> AdapterOp:
 
 
 def body_json(payload: bytes) -> dict[str, Any]:
-    """A request's body as an object, or a 4xx that says what is wrong with it."""
+    """The body as a JSON object.
+
+    Raises:
+        RequestError: it is not one.
+    """
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:
@@ -80,7 +84,7 @@ def number(body: Mapping[str, Any], key: str, default: float, low: float, high: 
 
 
 def integer(body: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
-    """An integer field between two bounds, or a 4xx that names it."""
+    """Likewise, a whole number."""
     value = body.get(key)
     if value is None:
         return default

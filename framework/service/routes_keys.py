@@ -16,6 +16,8 @@ router = APIRouter(prefix="/admin/keys", tags=["admin"])
 
 
 class NewKey(Strict):
+    """Whose key, and whether it may make others."""
+
     owner: Name
     admin: bool = Field(default=False)
 

@@ -45,6 +45,8 @@ class Generation(BaseModel):
 
 
 class CompletionRequest(Generation):
+    """OpenAI's completion request, as far as it is supported."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] | None = False
@@ -53,12 +55,16 @@ class CompletionRequest(Generation):
 
 
 class ChatMessage(BaseModel):
+    """A message of text."""
+
     model_config = ConfigDict(extra="ignore")
     role: str = Field(max_length=64)
     content: str | list[dict[str, Any]] | None = None
 
 
 class ChatRequest(Generation):
+    """OpenAI's chat request, as far as it is supported."""
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     logprobs: bool | None = False
@@ -84,12 +90,14 @@ def _card(name: str, created: float, parent: str | None) -> dict[str, Any]:
 
 @router.get("/models/{name:path}")
 async def model(name: str, svc: Svc, who: Who) -> dict[str, Any]:
+    """Whether a model can be used, and what it is made of."""
     version = await svc.resolve_model(name, who)
     return _card(name, svc.started, None if version is None else svc.model.name)
 
 
 @router.post("/completions", response_model=None)
 async def completions(body: CompletionRequest, request: Request, svc: Svc, who: Who) -> Response:
+    """Completions of one or several prompts of text or tokens."""
     raw = body.prompt
     several = isinstance(raw, list) and raw and not isinstance(raw[0], int)
     prompts = [prompt_tokens(svc.model.tokenizer, p) for p in (raw if several else [raw])]
@@ -103,6 +111,7 @@ async def completions(body: CompletionRequest, request: Request, svc: Svc, who: 
 
 @router.post("/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request, svc: Svc, who: Who) -> Response:
+    """Answers to a conversation, by the model's own chat template."""
     messages = [{"role": message.role, "content": _content(message.content)} for message in body.messages]
     prompt = chat_tokens(svc.model.tokenizer, messages)
     limit = body.max_completion_tokens or body.max_tokens

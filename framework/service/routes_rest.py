@@ -31,6 +31,8 @@ LINK_S = 3600
 
 
 class WeightsInfo(Lenient):
+    """Of which checkpoint."""
+
     tinker_path: str
 
 
@@ -79,17 +81,20 @@ def _page(svc: Service, sql: str, values: list[Any], limit: int, offset: int) ->
 
 @router.get("/training_runs")
 async def training_runs(svc: Svc, who: Who, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    """Models, the newest first."""
     rows, cursor = _page(svc, "SELECT * FROM adapters WHERE owner=?", [who.owner], limit, offset)
     return {"training_runs": [_run(svc, row) for row in rows], "cursor": cursor}
 
 
 @router.get("/training_runs/{run_id}")
 async def training_run(run_id: str, svc: Svc, who: Who) -> dict[str, Any]:
+    """One model, also after it was removed."""
     return _run(svc, _owned_run(svc, run_id, who))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def run_checkpoints(run_id: str, svc: Svc, who: Who, limit: Limit = 1000, offset: Offset = 0) -> dict[str, Any]:
+    """One model's checkpoints, the newest first."""
     _owned_run(svc, run_id, who)
     rows, cursor = _page(svc, "SELECT * FROM checkpoints WHERE adapter_id=?", [run_id], limit, offset)
     return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
@@ -105,12 +110,14 @@ def _owned_run(svc: Service, run_id: str, who: Caller) -> dict[str, Any]:
 
 @router.get("/checkpoints")
 async def checkpoints(svc: Svc, who: Who, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+    """All the caller's checkpoints, the newest first."""
     rows, cursor = _page(svc, "SELECT * FROM checkpoints WHERE owner=?", [who.owner], limit, offset)
     return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
 
 
 @router.post("/weights_info")
 async def weights_info(body: WeightsInfo, svc: Svc, who: Who) -> dict[str, Any]:
+    """What a new model must look like to load a checkpoint."""
     row = svc.adapters.readable_checkpoint(body.tinker_path, who.owner)
     adapter = svc.store.one("SELECT spec FROM adapters WHERE adapter_id=?", row["adapter_id"])
     assert adapter is not None, "adapters' rows outlive their checkpoints"
@@ -141,6 +148,7 @@ async def delete_bare(run_id: str, bare: str, who: Who) -> Response:
 
 @router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}", status_code=204)
 async def delete(run_id: str, kind: Kind, name: str, svc: Svc, who: Who) -> Response:
+    """Forgets a checkpoint and its files."""
     delete_checkpoint(svc.store, _owned_checkpoint(svc, run_id, kind, name, who))
     return Response(status_code=204)
 
@@ -155,6 +163,7 @@ async def publish(run_id: str, kind: Kind, name: str, svc: Svc, who: Who) -> Res
 
 @router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}/publish", status_code=204)
 async def unpublish(run_id: str, kind: Kind, name: str, svc: Svc, who: Who) -> Response:
+    """Takes it back from the others."""
     row = _owned_checkpoint(svc, run_id, kind, name, who)
     svc.store.write("UPDATE checkpoints SET public=0 WHERE path=?", row["path"])
     return Response(status_code=204)
@@ -210,12 +219,14 @@ def _signature(store: Store, path: str, file: str, expires: int) -> str:
 
 @router.get("/sessions")
 async def sessions(svc: Svc, who: Who, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    """Sessions, the newest first."""
     rows, _ = _page(svc, "SELECT * FROM sessions WHERE owner=?", [who.owner], limit, offset)
     return {"sessions": [row["session_id"] for row in rows]}
 
 
 @router.get("/sessions/{session_id}")
 async def session(session_id: str, svc: Svc, who: Who) -> dict[str, Any]:
+    """What was made in a session."""
     row = svc.own_session(session_id, who)
     runs = svc.store.all("SELECT adapter_id FROM adapters WHERE session_id=? ORDER BY created", session_id)
     samplers = svc.store.all("SELECT sampler_id FROM samplers WHERE session_id=? ORDER BY created", session_id)

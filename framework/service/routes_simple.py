@@ -39,6 +39,8 @@ class Strict(BaseModel):
 
 
 class AddLora(Strict):
+    """The shape of a new adapter."""
+
     base_model: str = "base"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0.0, le=1e6)
@@ -67,6 +69,8 @@ class SimpleDatum(Strict):
 
 
 class ForwardBackward(Strict):
+    """A batch and its loss."""
+
     model_id: Id
     data: list[SimpleDatum] = Field(min_length=1)
     loss_fn: str = "cross_entropy"
@@ -74,6 +78,8 @@ class ForwardBackward(Strict):
 
 
 class OptimStepBody(Strict):
+    """The hyper-parameters of one step."""
+
     model_id: Id
     learning_rate: float = Field(default=1e-4, ge=0.0, le=1e3)
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -84,6 +90,8 @@ class OptimStepBody(Strict):
 
 
 class SimpleSampling(Strict):
+    """How to sample."""
+
     max_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -93,6 +101,8 @@ class SimpleSampling(Strict):
 
 
 class SampleBody(Strict):
+    """What to sample from which model."""
+
     model_id: str = Field(default="base", max_length=300)
     prompts: list[str | list[int]] = Field(min_length=1, max_length=1024)
     num_samples: int = Field(default=1, ge=1, le=128)
@@ -100,11 +110,15 @@ class SampleBody(Strict):
 
 
 class RegisterLora(Strict):
+    """Which folder becomes which adapter."""
+
     adapter_id: Name
     lora_path: str = Field(min_length=1, max_length=4096)
 
 
 class Remove(Strict):
+    """Which adapter."""
+
     model_id: Id
 
 
@@ -124,6 +138,7 @@ async def add_lora(body: AddLora, request: Request, svc: Svc, who: Who, key: Key
 @router.post("/register_lora_adapter")
 async def register_lora_adapter(body: RegisterLora, request: Request, svc: Svc, who: Who) -> Response:
     """An adapter that exists as a PEFT folder below the data directory or the adapters' directory."""
+    await asyncio.to_thread(svc.exports.flush)  # it may be another adapter's folder
     folder = _inside(svc, body.lora_path)
     spec, _ = await asyncio.to_thread(load_peft, folder)
     if spec.rank > svc.limits.max_rank:
@@ -176,6 +191,7 @@ async def optim_step(body: OptimStepBody, request: Request, svc: Svc, who: Who, 
 
 @router.post("/remove")
 async def remove(body: Remove, request: Request, svc: Svc, who: Who) -> Response:
+    """Forgets an adapter and its folder; checkpoints stay."""
     return await _train(svc, who, "simple.remove", body.model_id, await request.body(), None)
 
 

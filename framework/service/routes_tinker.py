@@ -35,6 +35,8 @@ class Lenient(BaseModel):
 
 
 class CreateSession(Lenient):
+    """Who is there."""
+
     tags: list[str] = []
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = ""
@@ -43,10 +45,14 @@ class CreateSession(Lenient):
 
 
 class SessionBody(Lenient):
+    """Of which session."""
+
     session_id: Id
 
 
 class ModelBody(Lenient):
+    """Of which model."""
+
     model_id: Id
 
 
@@ -58,6 +64,8 @@ class NumberedBody(Lenient):
 
 
 class CreateModel(Lenient):
+    """The shape of a new model."""
+
     session_id: Id
     model_seq_id: int = Field(ge=0, le=(1 << 53))
     base_model: str | None = None
@@ -67,6 +75,8 @@ class CreateModel(Lenient):
 
 
 class LoadWeights(Lenient):
+    """From which checkpoint into which model."""
+
     path: str
     optimizer: bool = False
     model_id: str | None = None
@@ -77,6 +87,8 @@ class LoadWeights(Lenient):
 
 
 class CreateSamplingSession(Lenient):
+    """From what a new sampling client samples."""
+
     session_id: Id
     sampling_session_seq_id: int = Field(ge=0, le=(1 << 62))
     base_model: str | None = None
@@ -84,11 +96,15 @@ class CreateSamplingSession(Lenient):
 
 
 class SampleBody(Lenient):
+    """Of which sampling session; the rest is checked with the sample."""
+
     sampling_session_id: Id
     seq_id: int = Field(ge=0, le=(1 << 62))
 
 
 class RetrieveFuture(Lenient):
+    """Of which request."""
+
     request_id: Id
 
 
@@ -107,11 +123,13 @@ async def telemetry() -> dict[str, str]:
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
+    """The process answers."""
     return {"status": "ok"}
 
 
 @router.get("/get_server_capabilities")
 async def capabilities(svc: Svc, who: Who) -> dict[str, Any]:
+    """The one base model of this server."""
     return {
         "supported_models": [
             {
@@ -126,6 +144,7 @@ async def capabilities(svc: Svc, who: Who) -> dict[str, Any]:
 
 @router.post("/create_session")
 async def create_session(body: CreateSession, svc: Svc, who: Who) -> dict[str, Any]:
+    """A session groups models and samplers; its heartbeats keep them."""
     session_id, now = str(uuid.uuid4()), time.time()
     info = body.model_dump()
     row = {"session_id": session_id, "owner": who.owner, "info": info, "created": now, "last_seen": now}
@@ -135,6 +154,7 @@ async def create_session(body: CreateSession, svc: Svc, who: Who) -> dict[str, A
 
 @router.post("/session_heartbeat")
 async def session_heartbeat(body: SessionBody, svc: Svc, who: Who) -> Response:
+    """The client is still there; 410 ends its heartbeats."""
     session = svc.own_session(body.session_id, who)
     if session["finished"] is not None:
         return JSONResponse({"detail": "the session is finished"}, status_code=410)
@@ -144,6 +164,7 @@ async def session_heartbeat(body: SessionBody, svc: Svc, who: Who) -> Response:
 
 @router.post("/sessions/{session_id}/finish", status_code=204)
 async def finish_session(session_id: str, request: Request, svc: Svc, who: Who) -> Response:
+    """Nothing more will come; the first reason counts."""
     svc.own_session(session_id, who)
     reason = (body_json(await request.body() or b"{}").get("reason") or {}).get("type", "success")
     svc.store.write(
@@ -159,6 +180,7 @@ def _live_session(svc: Service, session_id: str, who: Caller) -> None:
 
 @router.post("/create_model")
 async def create_model(body: CreateModel, request: Request, svc: Svc, who: Who) -> dict[str, str]:
+    """A new model named after its session and number; its future ends when it can be trained."""
     _live_session(svc, body.session_id, who)
     svc.model.check(body.base_model)
     payload = await request.body()
@@ -174,6 +196,7 @@ async def create_model(body: CreateModel, request: Request, svc: Svc, who: Who) 
 
 @router.post("/get_info")
 async def get_info(body: ModelBody, svc: Svc, who: Who) -> dict[str, Any]:
+    """What the SDK needs to know of a model."""
     row = svc.own_adapter(body.model_id, who)
     return {
         "type": "get_info",
@@ -211,21 +234,25 @@ def _accepted(svc: Service, who: Caller, kind: str, model_id: str, seq: int, pay
 
 @router.post("/optim_step")
 async def optim_step(body: NumberedBody, request: Request, svc: Svc, who: Who) -> Response:
+    """One AdamW step."""
     return _accepted(svc, who, "optim_step", body.model_id, body.seq_id, await request.body())
 
 
 @router.post("/save_weights")
 async def save_weights(body: NumberedBody, request: Request, svc: Svc, who: Who) -> Response:
+    """A checkpoint to go on training from."""
     return _accepted(svc, who, "save_weights", body.model_id, body.seq_id, await request.body())
 
 
 @router.post("/save_weights_for_sampler")
 async def save_weights_for_sampler(body: NumberedBody, request: Request, svc: Svc, who: Who) -> Response:
+    """A version to sample from, named or for one sampling client."""
     return _accepted(svc, who, "save_weights_for_sampler", body.model_id, body.seq_id, await request.body())
 
 
 @router.post("/save_weights_external")
 async def save_weights_external(body: NumberedBody, request: Request, svc: Svc, who: Who) -> Response:
+    """A checkpoint to be downloaded as a PEFT adapter."""
     return _accepted(svc, who, "save_weights_external", body.model_id, body.seq_id, await request.body())
 
 
@@ -253,6 +280,7 @@ async def load_weights(body: LoadWeights, request: Request, svc: Svc, who: Who) 
 
 @router.post("/create_sampling_session")
 async def create_sampling_session(body: CreateSamplingSession, svc: Svc, who: Who) -> dict[str, str]:
+    """A sampling client of the base model or of a named version."""
     _live_session(svc, body.session_id, who)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     row: dict[str, Any] = {"sampler_id": sampler_id, "session_id": body.session_id, "owner": who.owner}
@@ -267,12 +295,14 @@ async def create_sampling_session(body: CreateSamplingSession, svc: Svc, who: Wh
 
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, svc: Svc, who: Who) -> dict[str, Any]:
+    """What a sampling client samples from."""
     row, _ = svc.version_of_sampler(sampler_id, who)
     return {"sampler_id": sampler_id, "base_model": svc.model.name, "model_path": row["model_path"]}
 
 
 @router.post("/asample")
 async def asample(body: SampleBody, request: Request, svc: Svc, who: Who) -> dict[str, Any]:
+    """Samples; what is wrong with a request is told by its future."""
     sampler, version = svc.version_of_sampler(body.sampling_session_id, who)
     payload = await request.body()
     request_id = f"{body.sampling_session_id}:{body.seq_id}"
@@ -303,6 +333,7 @@ async def retrieve_future(body: RetrieveFuture, svc: Svc, who: Who) -> Response:
 
 @router.post("/cancel_future", status_code=204)
 async def cancel_future(body: RetrieveFuture, svc: Svc, who: Who) -> Response:
+    """Stops sampling what nobody waits for."""
     waiting = svc.futures.pending.get(body.request_id)
     if waiting is not None and waiting[0] == who.owner:
         svc.cancel(body.request_id)

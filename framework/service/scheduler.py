@@ -87,7 +87,7 @@ class Part:
 
 @dataclass(slots=True, kw_only=True)
 class Tenant:
-    """What the scheduler knows of one owner."""
+    """Who shares the machine, and how much of it was used."""
 
     clock: float = 0.0
     """Seconds of machine time used, comparable between tenants."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from framework.service.adapters import Adapters, spec_to_json
+from framework.service.exports import Exports
 from framework.service.futures import Futures, Tokens
 from framework.service.leader import Cancel, Message
 from framework.service.metrics import Metrics
@@ -108,6 +109,7 @@ class Service:
     rates: Any
     """:class:`framework.service.http.Rates`."""
     metrics: Metrics
+    exports: Exports
     post: Any
     """``leader.inbox.put``."""
     stopping: bool = False

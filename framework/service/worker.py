@@ -15,8 +15,9 @@ from torch import Tensor
 from framework.algorithms.base import LossFn, LossInputs
 from framework.batching import Batch, Microbatch, pack
 from framework.engine.base import RolloutEngine, SampleRequest
-from framework.lora.peft_io import CONFIG_FILE, load_peft, save_peft
+from framework.lora.peft_io import CONFIG_FILE, load_peft
 from framework.service import tensors
+from framework.service.exports import Exports
 from framework.service.losses import build_loss
 from framework.service.ops import (
     CreateAdapter,
@@ -71,8 +72,8 @@ class Worker:
     engine: RolloutEngine
     weight_sync: WeightSync
     tp_rank: int
-    base_model: str
-    """Written into PEFT folders."""
+    exports: Exports | None
+    """On rank 0 only: it writes the PEFT folders."""
     max_tokens_per_microbatch: int
     pad_to_multiple_of: int = 1
     refs: dict[VersionKey, AdapterRef] = field(default_factory=dict)
@@ -99,10 +100,16 @@ class Worker:
             self.trainer.load_state_dict(action.adapter_id, tensors.read_state(Path(action.snapshot), self.tp_rank))
 
     def _snapshot(self, action: Snapshot) -> None:
+        self.flush_exports()
         if action.folder is not None:
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
         if action.evict:
             self._forget(action.adapter_id)
+
+    def flush_exports(self) -> None:
+        """Returns when every PEFT folder is written."""
+        if self.exports is not None:
+            self.exports.flush()
 
     def _forget(self, name: str) -> None:
         self.trainer.remove_adapter(name)
@@ -145,6 +152,7 @@ class Worker:
         if isinstance(op, LoadState):
             return self._load(action, op.optimizer)
         assert isinstance(op, RemoveAdapter), f"no rank can run {op}"
+        self.flush_exports()
         return self._forget(name)
 
     def _create(self, action: Run, op: CreateAdapter) -> None:
@@ -184,21 +192,21 @@ class Worker:
         assert action.folder is not None, "a checkpoint has a folder"
         if op.kind == "weights":
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
-        self._write_peft(action.adapter_id, Path(action.folder) / PEFT)
+        whole = self.trainer.export_adapter(action.adapter_id)
+        if self.exports is not None:
+            self.exports.write(Path(action.folder) / PEFT, self.trainer.adapters()[action.adapter_id], whole)
 
     def _keep_peft(self, action: Run) -> None:
+        """The simple client's folder follows in the background."""
         if action.peft_folder is not None:
-            self._write_peft(action.adapter_id, Path(action.peft_folder))
-
-    def _write_peft(self, name: str, folder: Path) -> None:
-        whole = self.trainer.export_adapter(name)
-        if self.tp_rank == 0:
-            spec = self.trainer.adapters()[name]
-            save_peft(folder, spec=spec, tensors=whole, base_model=self.base_model, dtype=torch.float32)
+            whole = self.trainer.export_adapter(action.adapter_id)
+            if self.exports is not None:
+                self.exports.put(Path(action.peft_folder), self.trainer.adapters()[action.adapter_id], whole)
 
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
         assert action.source is not None, "a checkpoint has a folder"
+        self.flush_exports()
         folder, name = Path(action.source), action.adapter_id
         if optimizer:
             self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.service.server import Running
@@ -19,21 +21,21 @@ KEY = "tml-a-test-key"
 
 
 @pytest.fixture
-def sdk(running: Running) -> Iterator[tinker.ServiceClient]:
+def sdk(running: Running) -> Iterator[Any]:
     with tinker.ServiceClient(base_url=running.url, api_key=KEY) as client:
         yield client
 
 
-def datum(tokens: list[int] = TEXT, **inputs: object) -> tinker.types.Datum:
+def datum(tokens: list[int] = TEXT, **inputs: object) -> Any:
     inputs.setdefault("target_tokens", tokens[1:])
     return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
-def make(sdk: tinker.ServiceClient, **options: object) -> tinker.TrainingClient:
+def make(sdk: Any, **options: object) -> Any:
     return sdk.create_lora_training_client(base_model="toy/bigram", **{"rank": 8, "seed": 1, **options}).result()
 
 
-def fit(client: tinker.TrainingClient, tokens: list[int] = TEXT, steps: int = 30, lr: float = 0.02) -> float:
+def fit(client: Any, tokens: list[int] = TEXT, steps: int = 30, lr: float = 0.02) -> float:
     loss = 0.0
     for _ in range(steps):
         done = client.forward_backward([datum(tokens)], "cross_entropy")
@@ -42,12 +44,12 @@ def fit(client: tinker.TrainingClient, tokens: list[int] = TEXT, steps: int = 30
     return loss
 
 
-def logprobs(client: tinker.TrainingClient, tokens: list[int] = TEXT) -> np.ndarray:
+def logprobs(client: Any, tokens: list[int] = TEXT) -> npt.NDArray[np.float64]:
     result = client.forward([datum(tokens)], "cross_entropy").result()
     return np.asarray(result.loss_fn_outputs[0]["logprobs"].tolist())
 
 
-def test_a_trained_adapter_is_sampled_with_the_trainers_logprobs(sdk: tinker.ServiceClient) -> None:
+def test_a_trained_adapter_is_sampled_with_the_trainers_logprobs(sdk: Any) -> None:
     client = make(sdk)
     before = logprobs(client).sum()
     fit(client)
@@ -59,7 +61,7 @@ def test_a_trained_adapter_is_sampled_with_the_trainers_logprobs(sdk: tinker.Ser
     np.testing.assert_allclose(measured[1:], after, atol=1e-4)
 
 
-def test_a_sampling_client_stays_at_its_version(sdk: tinker.ServiceClient) -> None:
+def test_a_sampling_client_stays_at_its_version(sdk: Any) -> None:
     client = make(sdk)
     prompt = types.ModelInput.from_ints(TEXT)
     old = client.save_weights_and_get_sampling_client()
@@ -73,7 +75,7 @@ def test_a_sampling_client_stays_at_its_version(sdk: tinker.ServiceClient) -> No
     assert old.compute_logprobs(prompt).result() == first
 
 
-def test_forward_adds_no_gradient_and_a_failed_batch_neither(sdk: tinker.ServiceClient) -> None:
+def test_forward_adds_no_gradient_and_a_failed_batch_neither(sdk: Any) -> None:
     clean, dirty = make(sdk), make(sdk)
     for client in (clean, dirty):
         client.forward_backward([datum()], "cross_entropy").result()
@@ -89,7 +91,7 @@ def test_forward_adds_no_gradient_and_a_failed_batch_neither(sdk: tinker.Service
     np.testing.assert_array_equal(logprobs(clean), logprobs(dirty))
 
 
-def test_state_with_optimizer_resumes_exactly_and_without_starts_fresh(sdk: tinker.ServiceClient) -> None:
+def test_state_with_optimizer_resumes_exactly_and_without_starts_fresh(sdk: Any) -> None:
     client = make(sdk)
     fit(client, steps=5)
     path = client.save_state("middle").result().path
@@ -106,7 +108,7 @@ def test_state_with_optimizer_resumes_exactly_and_without_starts_fresh(sdk: tink
     client.save_state("middle", overwrite=True).result()
 
 
-def test_custom_loss_gives_the_gradient_of_cross_entropy(sdk: tinker.ServiceClient) -> None:
+def test_custom_loss_gives_the_gradient_of_cross_entropy(sdk: Any) -> None:
     theirs, ours = make(sdk), make(sdk)
     theirs.forward_backward_custom([datum()], lambda data, lps: (-sum(lp.sum() for lp in lps), {})).result()
     ours.forward_backward([datum()], "cross_entropy").result()
@@ -115,7 +117,7 @@ def test_custom_loss_gives_the_gradient_of_cross_entropy(sdk: tinker.ServiceClie
     np.testing.assert_allclose(logprobs(theirs), logprobs(ours), atol=1e-6)
 
 
-def test_soft_targets_dense_and_sparse_give_rows_of_logprobs(sdk: tinker.ServiceClient) -> None:
+def test_soft_targets_dense_and_sparse_give_rows_of_logprobs(sdk: Any) -> None:
     client = make(sdk)
     length = len(TEXT) - 1
     targets = np.stack([np.asarray(TEXT[1:]), np.full(length, 65)], axis=1)
@@ -126,7 +128,7 @@ def test_soft_targets_dense_and_sparse_give_rows_of_logprobs(sdk: tinker.Service
     assert result.metrics["loss:sum"] == pytest.approx(-(rows * weights).sum(), rel=1e-5)
 
 
-def test_samples_are_reproducible_distinct_and_stop(sdk: tinker.ServiceClient) -> None:
+def test_samples_are_reproducible_distinct_and_stop(sdk: Any) -> None:
     sampler = sdk.create_sampling_client(base_model="toy/bigram").result()
     prompt = types.ModelInput.from_ints(TEXT[:5])
     params = types.SamplingParams(max_tokens=12, seed=3)
@@ -141,7 +143,7 @@ def test_samples_are_reproducible_distinct_and_stop(sdk: tinker.ServiceClient) -
     assert cut.tokens == one.sequences[0].tokens[: len(cut.tokens)]
 
 
-def test_top_logprobs_and_the_last_prompt_logprobs(sdk: tinker.ServiceClient) -> None:
+def test_top_logprobs_and_the_last_prompt_logprobs(sdk: Any) -> None:
     sampler = sdk.create_sampling_client(base_model="toy/bigram").result()
     result = sampler.sample(
         types.ModelInput.from_ints(TEXT[:6]),
@@ -161,7 +163,7 @@ def test_top_logprobs_and_the_last_prompt_logprobs(sdk: tinker.ServiceClient) ->
 @pytest.mark.parametrize(
     ("tokens", "complaint"), [([], "0 tokens"), ([VOCAB], "must lie in"), ([65] * 600, "600 tokens")]
 )
-def test_a_bad_prompt_fails_its_own_future(sdk: tinker.ServiceClient, tokens: list[int], complaint: str) -> None:
+def test_a_bad_prompt_fails_its_own_future(sdk: Any, tokens: list[int], complaint: str) -> None:
     sampler = sdk.create_sampling_client(base_model="toy/bigram").result()
     params = types.SamplingParams(max_tokens=2)
     with pytest.raises(tinker.RequestFailedError, match=complaint):

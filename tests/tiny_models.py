@@ -21,6 +21,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # of the 8 frequencies one is kept, one interpolated, six divided
 }
+SHAPE: Mapping[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "head_dim": 16, "ffn_size": 96}
+"""Smaller than what vLLM takes: here only the trainer and transformers run."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"family": "llama", "tied": False},
     "llama3_rope": {"family": "llama", "tied": True},
@@ -32,8 +34,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 def make(variant: str, folder: Path) -> Path:
     """Writes ``folder/variant`` in float32 and returns it."""
-    sizes = {"hidden_size": 64, "head_dim": 16, "ffn_size": 96, **VARIANTS[variant]}
-    path = make_tiny_model(folder / variant, vocab_size=VOCAB_SIZE, **sizes)
+    path = make_tiny_model(folder / variant, **{**SHAPE, **VARIANTS[variant]})
     if variant == "llama3_rope":  # rotary embeddings have no weights, so the checkpoint fits either kind
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "rope_parameters": LLAMA3_ROPE}))

@@ -29,7 +29,7 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     try:
         sys.argv = ["resume=auto" if argument == "+resume=auto" else argument for argument in sys.argv]
-        groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        groups = {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.glob("*/")}
         recipe = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("+recipe=")), "grpo")
         unused = RECIPES[recipe].unused if recipe in RECIPES else ()
         check_overrides(sys.argv[1:], groups, unused)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from framework.config import check_overrides, schema, to_typed
 from framework.errors import FrameworkError
-from recipes import RECIPES
+from recipes import RECIPES, choose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ConfigStore.instance().store(name="schema", node=schema())
@@ -21,7 +21,7 @@ ConfigStore.instance().store(name="schema", node=schema())
 def main(composed: DictConfig) -> None:
     try:
         cfg = to_typed(composed)
-        RECIPES[cfg.recipe].run(cfg)
+        choose(cfg.recipe).run(cfg)
     except FrameworkError as error:  # what a user can cause is one message, not a traceback
         sys.exit(f"error: {type(error).__name__}: {error}")
 

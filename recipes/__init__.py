@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from framework.config import RunConfig
-from framework.runtime import open_sampling, open_training
+from framework.environments.catalog import load
+from framework.errors import ConfigError
+from framework.runtime import SamplingRuntime, open_sampling, open_training
 from recipes import distill, dpo, evaluate, grpo, sft
 
 
@@ -17,7 +19,6 @@ class Recipe:
     run: Callable[[RunConfig], None]
     unused: tuple[str, ...]
     """Sections of the configuration that it does not read; setting a key in one is an error."""
-
 
 
 def _evaluate(cfg: RunConfig) -> None:
@@ -38,3 +39,17 @@ RECIPES: dict[str, Recipe] = {
         unused=("data", "dpo", "distill", "algorithm", "optimizer", "parity", "checkpoint", "lora"),
     ),
 }
+
+
+def choose(name: str) -> Recipe:
+    """The recipe of that name, or the function at a dotted path, which gets ``cfg`` and a runtime with an engine.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if "." not in name:
+        raise ConfigError(f"recipe={name!r}: must be one of {sorted(RECIPES)}, or the dotted path of a function")
+    function: Callable[[RunConfig, SamplingRuntime], None] = load("recipe", name)
+    return Recipe(run=lambda cfg: function(cfg, open_sampling(cfg)), unused=())

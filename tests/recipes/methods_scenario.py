@@ -1,4 +1,4 @@
-"""What test_distill_dpo_evaluate.py runs on ranks: every recipe but GRPO's plain case, one engine for all, as two replicas.
+"""What test_distill_dpo_evaluate.py runs on ranks: every recipe but plain GRPO, one engine for all, two replicas.
 
 The first problem of each two always earns the same reward, so that dynamic sampling has something to throw away.
 """

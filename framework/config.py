@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 
 from framework.algorithms.catalog import AlgorithmConfig
+from framework.algorithms.preference import DPO
 from framework.environments.catalog import EnvironmentConfig
 from framework.errors import ConfigError
 from framework.lora.spec import LoraSpec
@@ -169,11 +170,23 @@ class ParityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Greedy evaluation on held-out problems."""
+    """Evaluation on held-out problems: greedy inside training, as told here in the recipe evaluate."""
 
     every: int = 20
     """Steps between evaluations; there is always one before the first step and one after the last. 0: only these."""
     num_problems: int = 128
+    """At most so many, the first of the held-out split."""
+    num_samples: int = 1
+    """Recipe evaluate: rollouts per problem. 1 is greedy; more are drawn at sampling.temperature and give pass@k."""
+    adapter: str | None = None
+    """Recipe evaluate: a PEFT folder to compare with the base model; null evaluates the base model alone."""
+    environments: tuple[EnvironmentConfig, ...] = ()
+    """Recipe evaluate: one table row each, e.g. ``[{name: gsm8k}, {name: arithmetic}]``; empty is ``environment``."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_problems", "num_samples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"evaluation.{key}={getattr(self, key)}: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,19 +201,28 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Demonstrations for supervised fine-tuning."""
+    """Demonstrations for supervised fine-tuning, or pairs for DPO."""
 
     name_or_path: str = "examples/data/largest.jsonl"
     """A JSONL or Parquet file, a folder of them, or a hub name. Rows have ``messages``, or ``prompt`` and
-    ``completion``."""
+    ``completion``; for DPO ``prompt``, ``chosen`` and ``rejected``."""
     split: str = "train"
     batch_size: int = 32
-    """Conversations per step, over all replicas."""
+    """Conversations, or pairs, per step, over all replicas."""
     max_tokens: int = 1024
     """Of one conversation."""
     too_long: Literal["error", "truncate"] = "error"
     heldout_rows: int = 64
     """The last rows of the data set; never trained on, they give eval/loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig:
+    """On-policy distillation."""
+
+    teacher: str | None = None
+    """A PEFT folder of an adapter of the same base model, or another model, by folder or hub name, with the same
+    tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +253,8 @@ class RunConfig:
     parity: ParityConfig = field(default_factory=ParityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dpo: DPO = field(default_factory=DPO)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -277,30 +301,36 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_overrides(arguments: Sequence[str], groups: Iterable[str], unused_sections: Iterable[str] = ()) -> None:
-    """Refuses a misspelt or useless key on the command line, before Hydra sees it.
+def check_overrides(
+    arguments: Sequence[str], groups: Mapping[str, Iterable[str]], unused_sections: Iterable[str] = ()
+) -> None:
+    """Refuses a misspelt or useless key or choice on the command line, before Hydra sees it.
 
     Args:
         arguments: e.g. ``["+recipe=grpo", "algorithm=gspo", "optimizer.learning_rate=1e-3"]``.
-        groups: folders of ``conf/``, which may be set without a dot.
+        groups: folders of ``conf/``, which may be set without a dot, and the names of the files in each.
         unused_sections: sections the chosen recipe does not read.
 
     Raises:
-        ConfigError: naming the key, and the nearest one that exists.
+        ConfigError: naming the key or the choice, and the nearest one that exists.
     """
     defaults = schema()
     known = set(flatten(defaults)) | set(defaults) | set(groups)
-    free = "environment.args."
+    free = ("hydra.", "environment.args.", "environment.reward_args.")
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
-        key = argument.partition("=")[0].lstrip("+~")
-        if key.startswith(("hydra.", free)) or key == "environment.args":
+        key, _, value = argument.partition("=")
+        key = key.lstrip("+~")
+        if key.startswith(free):
             continue
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in {argument!r}{_nearest(key, known)}")
         if key.partition(".")[0] in set(unused_sections):
             raise ConfigError(f"{argument!r}: this recipe does not use the section {key.partition('.')[0]!r}")
+        if key in groups and value not in groups[key]:
+            choices = sorted(groups[key])
+            raise ConfigError(f"unknown {key} in {argument!r}{_nearest(value, choices)}; one of {', '.join(choices)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

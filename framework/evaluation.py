@@ -7,7 +7,7 @@ adapter. How problems are played is :func:`framework.rollout.collect`; nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,11 +59,14 @@ def evaluate(
     coordinator: Coordinator,
     timeout_s: float = 120.0,
     max_turns: int = 1,
+    gather: Callable[[Sequence[RolloutGroup]], Sequence[RolloutGroup]] = lambda groups: groups,
 ) -> EvaluationResult:
     """Plays every problem ``num_samples`` times; arguments and errors as :func:`framework.rollout.collect`.
 
     Args:
+        indices: this replica's share.
         environment: its name in the table.
+        gather: from this replica's groups to those of all replicas; every rank calls it.
 
     Raises:
         ConfigError: several greedy samples, which would be equal.
@@ -83,7 +86,7 @@ def evaluate(
         timeout_s=timeout_s,
         max_turns=max_turns,
     )
-    return summarise(result.groups, environment=environment, model="base" if ref is None else str(ref))
+    return summarise(gather(result.groups), environment=environment, model="base" if ref is None else str(ref))
 
 
 def greedy_accuracy(

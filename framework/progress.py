@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it is saved and taken up again.
+"""What a run carries from step to step, how it is saved and taken up again, and what it leaves at its end.
 
 A checkpoint holds the adapter's masters, Adam moments, step and dropout counters, every rank's random states, the data
 position, the version counter, the evaluations so far and the tracker's run id. Rollout seeds are pure functions of
@@ -8,7 +8,7 @@ position, the version counter, the evaluations so far and the tracker's run id. 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from framework.checkpoint import rng_state, set_rng_state
 from framework.config import RunConfig, flatten, plain
 from framework.data.order import ShuffledOrder
 from framework.errors import AdapterError
-from framework.lora.peft_io import load_peft
+from framework.lora.peft_io import load_peft, save_peft
 from framework.lora.spec import LoraSpec
-from framework.runtime import POLICY, Runtime, SamplingRuntime
+from framework.runtime import POLICY, Runtime, SamplingRuntime, versions
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,3 +110,37 @@ def end_step(cfg: RunConfig, rt: Runtime, progress: Progress, stop: StopSignal) 
             flush=True,
         )
     return stopping
+
+
+def finish(cfg: RunConfig, rt: Runtime, summary: Mapping[str, Any]) -> None:
+    """Writes the adapter as a PEFT folder, and ``summary.json``. All ranks must call it.
+
+    Args:
+        summary: what the recipe measured; what every recipe's summary has is added.
+    """
+    tensors = rt.trainer.export_adapter(POLICY)
+    with rt.mesh.agree_on_error("writing the adapter"):
+        if rt.mesh.rank == 0:
+            save_peft(
+                rt.run_dir / "adapter",
+                spec=cfg.lora,
+                tensors=tensors,
+                base_model=cfg.model.name_or_path,
+                dtype=rt.base.dtype,
+            )
+    rt.tracker.finish(
+        {
+            **summary,
+            "num_steps": cfg.num_steps,
+            "model": cfg.model.name_or_path,
+            "model_source": rt.base.model.source,
+            "versions": versions(),
+            "adapter": str(rt.run_dir / "adapter"),
+        }
+    )
+
+
+def steady_mean(history: Sequence[Mapping[str, float]], *names: str) -> float:
+    """The mean over steps of the sum of these metrics, without the first step, which warms up; 0 without steps."""
+    steady = history[1:] or history
+    return sum(metrics.get(name, 0.0) for metrics in steady for name in names) / max(1, len(steady))

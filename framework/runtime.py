@@ -160,6 +160,28 @@ def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -
     raise ConfigError(f"trainer.backend={cfg.trainer.backend!r}: must be 'megatron' or 'hf'")
 
 
+def open_teacher(base: Base, name_or_path: str) -> Trainer:
+    """Another model, whole on this rank and in this run's dtype, to compute logprobs of this run's tokens with.
+
+    Raises:
+        ConfigError: its tokenizer gives tokens other numbers.
+        ModelError: there is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    from framework.trainer.hf.trainer import HfTrainer
+
+    with base.mesh.agree_on_error("opening the teacher"):
+        model = resolve_model(name_or_path, cache_dir=default_cache_dir())
+        mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (base.model.path, model.path))
+        if mine != theirs:
+            raise ConfigError(
+                f"distill.teacher={name_or_path}: its tokenizer differs from the student's, so their logprobs are not "
+                f"of the same tokens ({len(theirs)} and {len(mine)} tokens); use a model of the same family"
+            )
+        return HfTrainer(model.path, device=base.device, dtype=base.dtype)
+
+
 def open_engine(cfg: RunConfig, base: Base) -> Any:
     """vLLM in this process."""
     from framework.engine.vllm.engine import VllmEngine, VllmOptions

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from framework.config import check_overrides, schema, to_typed
 from framework.errors import FrameworkError
-from recipes import RECIPES
+from recipes import RECIPES, choose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ConfigStore.instance().store(name="schema", node=schema())
@@ -22,7 +22,7 @@ def main(composed: DictConfig) -> None:
     """Runs the recipe that the configuration names."""
     try:
         cfg = to_typed(composed)
-        RECIPES[cfg.recipe].run(cfg)
+        choose(cfg.recipe).run(cfg)
     except FrameworkError as error:  # what a user can cause is one message, not a traceback
         sys.exit(f"error: {type(error).__name__}: {error}")
 
@@ -30,7 +30,7 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     try:
         sys.argv = ["resume=auto" if argument == "+resume=auto" else argument for argument in sys.argv]
-        groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        groups = {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.glob("*/")}
         recipe = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("+recipe=")), "grpo")
         unused = RECIPES[recipe].unused if recipe in RECIPES else ()
         check_overrides(sys.argv[1:], groups, unused)

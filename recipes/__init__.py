@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from framework.config import RunConfig
-from framework.runtime import open_sampling, open_training
-from recipes import grpo, sft
+from framework.environments.catalog import load
+from framework.errors import ConfigError
+from framework.runtime import SamplingRuntime, open_sampling, open_training
+from recipes import distill, dpo, evaluate, grpo, sft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +21,35 @@ class Recipe:
     """Sections of the configuration that it does not read; setting a key in one is an error."""
 
 
+def _evaluate(cfg: RunConfig) -> None:
+    prepared = evaluate.prepare(cfg)
+    evaluate.run(prepared, open_sampling(prepared))
+
+
+SAMPLING = ("environment", "engine", "sampling", "rollout", "parity")
+"""Sections of recipes with an engine."""
+
 RECIPES: dict[str, Recipe] = {
-    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data",)),
-    "sft": Recipe(
-        run=lambda cfg: sft.run(cfg, open_training(cfg)),
-        unused=("algorithm", "environment", "engine", "sampling", "rollout", "parity"),
+    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "distill")),
+    "sft": Recipe(run=lambda cfg: sft.run(cfg, open_training(cfg)), unused=(*SAMPLING, "algorithm", "dpo", "distill")),
+    "dpo": Recipe(run=lambda cfg: dpo.run(cfg, open_training(cfg)), unused=(*SAMPLING, "algorithm", "distill")),
+    "distill": Recipe(run=lambda cfg: distill.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "algorithm")),
+    "evaluate": Recipe(
+        run=_evaluate,
+        unused=("data", "dpo", "distill", "algorithm", "optimizer", "parity", "checkpoint", "lora"),
     ),
 }
+
+
+def choose(name: str) -> Recipe:
+    """The recipe of that name, or the function at a dotted path, which gets ``cfg`` and a runtime with an engine.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if "." not in name:
+        raise ConfigError(f"recipe={name!r}: must be one of {sorted(RECIPES)}, or the dotted path of a function")
+    function: Callable[[RunConfig, SamplingRuntime], None] = load("recipe", name)
+    return Recipe(run=lambda cfg: function(cfg, open_sampling(cfg)), unused=())

@@ -19,12 +19,11 @@ from framework.data.order import ShuffledOrder
 from framework.environments.base import Problems
 from framework.environments.catalog import build_problems
 from framework.evaluation import greedy_accuracy
-from framework.lora.peft_io import save_peft
 from framework.metrics import reduce_metrics
 from framework.parity import check_parity, measure_parity
-from framework.progress import StopSignal, begin, end_step
+from framework.progress import StopSignal, begin, end_step, finish, steady_mean
 from framework.rollout import CollectResult, collect, collect_filtered, sample_rows
-from framework.runtime import POLICY, SamplingRuntime, versions
+from framework.runtime import POLICY, SamplingRuntime
 from framework.timing import PhaseTimer
 from framework.types import AdapterRef, Datum, SamplingParams
 
@@ -74,7 +73,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         progress.step = step
         if end_step(cfg, rt, progress, stop):
             return
-    finish(cfg, rt, progress.evaluations, history)
+    finish(cfg, rt, summary(progress.evaluations, history))
 
 
 def sample(
@@ -158,36 +157,14 @@ def table(rt: SamplingRuntime, result: CollectResult) -> tuple[Sequence[str], Se
     ]
 
 
-def finish(cfg: RunConfig, rt: SamplingRuntime, accuracy: list[float], history: list[dict[str, float]]) -> None:
-    """Writes the adapter as a PEFT folder, and ``summary.json``."""
-    tensors = rt.trainer.export_adapter(POLICY)
-    with rt.mesh.agree_on_error("writing the adapter"):
-        if rt.mesh.rank == 0:
-            save_peft(
-                rt.run_dir / "adapter",
-                spec=cfg.lora,
-                tensors=tensors,
-                base_model=cfg.model.name_or_path,
-                dtype=rt.base.dtype,
-            )
-
-    def mean(*names: str) -> float:
-        steady = history[1:] or history  # the first step warms up
-        return sum(metrics.get(name, 0.0) for metrics in steady for name in names) / max(1, len(steady))
-
-    rt.tracker.finish(
-        {
-            "eval/accuracy_start": accuracy[0],
-            "eval/accuracy_end": accuracy[-1],
-            "num_steps": cfg.num_steps,
-            "time/step_s": mean("time/step_s"),
-            "time/push_s": mean("time/push_s"),
-            "time/generate_s": mean("time/generate_s"),
-            "time/train_s": mean("time/forward_backward_s", "time/optim_s"),
-            "parity/logprob_abs_diff_mean": mean("parity/logprob_abs_diff_mean"),
-            "model": cfg.model.name_or_path,
-            "model_source": rt.base.model.source,
-            "versions": versions(),
-            "adapter": str(rt.run_dir / "adapter"),
-        }
-    )
+def summary(accuracy: Sequence[float], history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What ``summary.json`` says of the run, besides what every run's says."""
+    return {
+        "eval/accuracy_start": accuracy[0],
+        "eval/accuracy_end": accuracy[-1],
+        "time/step_s": steady_mean(history, "time/step_s"),
+        "time/push_s": steady_mean(history, "time/push_s"),
+        "time/generate_s": steady_mean(history, "time/generate_s"),
+        "time/train_s": steady_mean(history, "time/forward_backward_s", "time/optim_s"),
+        "parity/logprob_abs_diff_mean": steady_mean(history, "parity/logprob_abs_diff_mean"),
+    }

@@ -16,10 +16,9 @@ from framework.data.datasets import open_rows
 from framework.data.order import ShuffledOrder
 from framework.data.supervised import Demonstrations, length_report
 from framework.errors import DataError
-from framework.lora.peft_io import save_peft
 from framework.metrics import reduce_metrics
-from framework.progress import StopSignal, begin, end_step
-from framework.runtime import POLICY, Runtime, versions
+from framework.progress import StopSignal, begin, end_step, finish, steady_mean
+from framework.runtime import POLICY, Runtime
 from framework.timing import PhaseTimer
 from framework.types import Datum
 
@@ -69,7 +68,13 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
         progress.step = step
         if end_step(cfg, rt, progress, stop):
             return
-    finish(cfg, rt, progress.evaluations, history)
+    losses = progress.evaluations
+    summary = {
+        "eval/loss_start": losses[0] if losses else None,
+        "eval/loss_end": losses[-1] if losses else None,
+        "time/step_s": steady_mean(history, "time/step_s"),
+    }
+    finish(cfg, rt, summary)
 
 
 def batch_of(cfg: RunConfig, rt: Runtime, datums: Sequence[Datum]) -> Batch:
@@ -89,30 +94,3 @@ def evaluate(cfg: RunConfig, rt: Runtime, heldout: Sequence[Datum], *, step: int
     loss = -sum(float(values.sum()) for values in logprobs) / sum(len(values) for values in logprobs)
     rt.tracker.log(step, {"eval/loss": loss})
     return loss
-
-
-def finish(cfg: RunConfig, rt: Runtime, losses: list[float], history: list[dict[str, float]]) -> None:
-    """Writes the adapter as a PEFT folder, and ``summary.json``."""
-    tensors = rt.trainer.export_adapter(POLICY)
-    with rt.mesh.agree_on_error("writing the adapter"):
-        if rt.mesh.rank == 0:
-            save_peft(
-                rt.run_dir / "adapter",
-                spec=cfg.lora,
-                tensors=tensors,
-                base_model=cfg.model.name_or_path,
-                dtype=rt.base.dtype,
-            )
-    steady = history[1:] or history
-    rt.tracker.finish(
-        {
-            "eval/loss_start": losses[0] if losses else None,
-            "eval/loss_end": losses[-1] if losses else None,
-            "num_steps": cfg.num_steps,
-            "time/step_s": sum(m["time/step_s"] for m in steady) / max(1, len(steady)),
-            "model": cfg.model.name_or_path,
-            "model_source": rt.base.model.source,
-            "versions": versions(),
-            "adapter": str(rt.run_dir / "adapter"),
-        }
-    )

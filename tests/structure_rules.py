@@ -55,7 +55,7 @@ DEVICE_FILES = (
 HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs\.org|deb\.debian\.org|download\.pytorch\.org")
 MACHINE_PATHS = re.compile(r"(?<![\w.~}/-])/(?:work|root|opt/wheels|opt/pypi[\w-]*|home/\w+)(?=/|\b)(?![\w-])")
 
-OF_THE_REPOSITORY = ("tests/test_structure.py", "tests/test_makefile.py")
+OF_THE_REPOSITORY = ("tests/test_structure.py", "tests/test_makefile.py", "tests/test_docs.py")
 MIRRORED = ("benchmarks", "conf", "examples", "launch", "recipes")
 """Folders beside framework/ whose tests lie in tests/<folder>/; framework's own lie in tests/ itself."""
 

@@ -1,7 +1,7 @@
-"""Is there one copy of the weights, do trainer and engine agree, what does a sleep give back, and does it stay given back?
+"""Is there one copy of the weights, do trainer and engine agree, what does a sleep give back, and does it stay?
 
-Starts the pair as a recipe does, checks that Megatron's base weights are the engine's tensors, measures the difference of
-logprobs over sampled tokens at random adapters, and sleeps, trains and wakes many times.
+Starts the pair as a recipe does, checks that Megatron's base weights are the engine's tensors, measures the difference
+of logprobs over sampled tokens at random adapters, and sleeps, trains and wakes many times.
 
     torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.pair --out out/ --model folder
 """

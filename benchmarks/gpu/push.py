@@ -1,7 +1,7 @@
 """How long from the end of an optimizer step until the engine samples from the new version?
 
-Three ways in one run: our push (copies into the LoRA slots), vLLM's own reload of the adapter from disk, a merge into the
-full weights. The copy's floor is its bytes, read and written, over the measured bandwidth of a plain device copy.
+Three ways in one run: our push (copies into the LoRA slots), vLLM's own reload of the adapter from disk, a merge into
+the full weights. The copy's floor is its bytes, read and written, over the measured bandwidth of a plain device copy.
 qwen3-4b runs through a real engine; the other models through slots of their shapes alone (same code, no engine behind).
 
     python -m benchmarks.gpu.push --out out/

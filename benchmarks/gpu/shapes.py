@@ -1,4 +1,4 @@
-"""Model shapes of the published Qwen3 dense models, with random weights: what a speed depends on, without a download."""
+"""Shapes of the published Qwen3 dense models, with random weights: what a speed depends on, without a download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from framework.models.layout import entries
 from framework.models.spec import ModelSpec, read_spec
 
-# layers, hidden, query heads, key/value heads, MLP rows; all: head size 128, 151,936 tokens, tied embeddings but the 8B's
+# layers, hidden, query heads, key/value heads, MLP rows; all: head size 128, 151,936 tokens, tied but the 8B's
 QWEN3 = {
     "qwen3-0.6b": (28, 1024, 16, 8, 3072),
     "qwen3-1.7b": (28, 2048, 16, 8, 6144),

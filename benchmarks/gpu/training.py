@@ -1,8 +1,8 @@
 """How fast does one GPU train a LoRA adapter at 16,384 tokens, with what memory, and which kernels take the time?
 
 Tokens/s counts whole steps (forward, backward, AdamW). MFU counts as prime-rl does (its trainer/perf.py): a token costs
-4 x the parameters of all matrix products + 6 x the adapter's + 12 x layers x heads x (hidden // heads) x sequence length,
-over 989 TFLOP/s. Recomputation and causality are not counted, there or here.
+4 x the parameters of all matrix products + 6 x the adapter's + 12 x layers x heads x (hidden // heads) x sequence
+length, over 989 TFLOP/s. Recomputation and causality are not counted, there or here.
 
     python -m benchmarks.gpu.training --out out/ [--case qwen3-4b:full:1x16384 ...]
 """
@@ -96,8 +96,8 @@ def run_case(case: str, device: Device, folder: Path, steps: int, *, with_profil
     batch = random_batch(spec, sequences, length)
 
     def step() -> None:
-        trainer.forward_backward("a", batch, CrossEntropy())
-        trainer.optim_step("a", AdamParams(learning_rate=1e-4))
+        trainer.forward_backward("a", batch, CrossEntropy())  # noqa: F821 - deleted only after the last step
+        trainer.optim_step("a", AdamParams(learning_rate=1e-4))  # noqa: F821
 
     started = time.perf_counter()
     for _ in range(2):

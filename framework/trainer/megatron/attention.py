@@ -1,14 +1,12 @@
 """Causal attention over packed sequences, and the per-microbatch facts that every layer needs.
 
 Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each: on a
-GPU by torch's variable-length kernel, elsewhere by dense attention over buckets of sequences of similar length.
+GPU by torch's variable-length kernel, elsewhere by dense products over buckets of sequences of similar length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framework.models.spec import ModelSpec, RopeScaling
 from framework.trainer.megatron import pointwise
+from framework.trainer.megatron.bucket_attention import Bucket, BucketAttention, make_buckets
 
 ATTENTION_OPERATORS = (
     torch.ops.aten._flash_attention_forward.default,
@@ -24,18 +23,6 @@ ATTENTION_OPERATORS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
 """What :func:`attend` may run; elsewhere than on a GPU torch spells it differently, and it is computed again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Sequences padded on the right to one length; causality alone keeps the padding out."""
-
-    gather: Tensor
-    """``[S, L]`` int64 token index of each padded position (an arbitrary valid index where there is none)."""
-    source: Tensor
-    """``[n]`` int64 flat index in ``[S * L]`` of each real token."""
-    target: Tensor
-    """``[n]`` int64 its token index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,26 +87,8 @@ def plan(
         sin=torch.cat([-sin, sin], dim=-1)[:, None].to(dtype),
         cu_seqlens=cu_seqlens.to(device),
         max_seqlen=max_seqlen,
-        buckets=() if varlen else _buckets(cu_seqlens.tolist(), device),
+        buckets=() if varlen else make_buckets(cu_seqlens.tolist(), device),
     )
-
-
-def _buckets(offsets: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in pairwise(offsets):
-        by_length.setdefault((stop - start - 1).bit_length(), []).append((start, stop - start))
-    buckets = []
-    for members in by_length.values():
-        width = max(length for _, length in members)
-        starts = torch.tensor([start for start, _ in members])[:, None]
-        lengths = torch.tensor([length for _, length in members])[:, None]
-        column = torch.arange(width)[None]
-        gather = starts + column.minimum(lengths - 1)
-        source = (column < lengths).flatten().nonzero().flatten()
-        buckets.append(
-            Bucket(gather=gather.to(device), source=source.to(device), target=gather.flatten()[source].to(device))
-        )
-    return tuple(buckets)
 
 
 def rotate(x: Tensor, packed: PackedPlan) -> Tensor:
@@ -141,17 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     """
     if not packed.buckets:
         return _attend_varlen(q, k, v, packed)
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    out = None
-    for bucket in packed.buckets:
-        q_, k_, v_ = (x[bucket.gather].transpose(1, 2) for x in (q, k, v))
-        result = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1)
-        part = result.new_zeros(q.shape).index_copy(0, bucket.target, result[bucket.source])
-        out = part if out is None else out + part
-    assert out is not None
-    return out.flatten(1)
+    return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:

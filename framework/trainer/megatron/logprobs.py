@@ -1,10 +1,12 @@
 """Logprobs and entropy of chosen tokens from hidden states, with the vocabulary split over ranks.
 
-The logits of a chunk of positions exist only while the chunk is worked on, in the forward pass and again in the
-backward pass; what is kept per position is log Z and the entropy.
+The logits of a chunk of positions exist only while the chunk is worked on. What is kept per position is log Z, the
+entropy, and the derivative of the logprob with respect to the hidden state: made while the logits are at hand, it costs
+one product and spares the backward pass both the logits and the product with them.
 
 With z = logits / temperature and p = softmax(z):  log p_t = z_t - log Z,  H = log Z - sum_j p_j z_j, and
-d log p_t / dz_j = [j = t] - p_j,  dH / dz_j = -p_j (z_j - log Z + H).
+d log p_t / dz_j = [j = t] - p_j,  dH / dz_j = -p_j (z_j - log Z + H).  The entropy's derivative is made in the backward
+pass, from the logits made again, and only where the loss depends on it.
 """
 
 from __future__ import annotations
@@ -57,38 +59,46 @@ class _Logprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = len(targets)
         log_z = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        mean_z, picked = torch.empty_like(log_z), torch.empty_like(log_z)
+        entropy, picked = torch.empty_like(log_z), torch.empty_like(log_z)
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        one, zero = torch.ones_like(log_z), torch.zeros_like(log_z)
         for part in shard.chunks(count):
             logits = hidden[part] @ shard.weight.t()
-            stats = shard.pointwise.vocab_stats(logits, targets[part] - shard.start, temperature)
+            local = targets[part] - shard.start
+            stats = shard.pointwise.vocab_stats(logits, local, temperature)
             top = shard.reduce(stats.top.clone(), dist.ReduceOp.MAX)
             share = (stats.top - top).exp()
             sums = torch.stack([stats.total * share, stats.weighted * share, stats.picked])
             total, weighted, picked[part] = shard.reduce(sums)
             log_z[part] = top + total.log()
-            mean_z[part] = weighted / total
-        entropy = log_z - mean_z
-        ctx.save_for_backward(hidden, targets, log_z, entropy)
+            entropy[part] = log_z[part] - weighted / total
+            if direction is not None:
+                parts = _gradient(part, log_z=log_z, entropy=entropy, grad_logprobs=one, grad_entropy=zero)
+                grad = shard.pointwise.vocab_gradient(logits, local, temperature, parts)
+                torch.mm(grad, shard.weight, out=direction[part])
+        ctx.save_for_backward(hidden, targets, log_z, entropy, direction)
         ctx.shard, ctx.temperature = shard, temperature
         return picked - log_z, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        hidden, targets, log_z, entropy = ctx.saved_tensors
+        hidden, targets, log_z, entropy, direction = ctx.saved_tensors
         shard: VocabShard = ctx.shard
-        grad_hidden = torch.empty_like(hidden)
-        for part in shard.chunks(len(targets)):
-            logits = hidden[part] @ shard.weight.t()
-            grads_of_part = VocabGradient(
-                log_z=log_z[part],
-                entropy=entropy[part],
-                grad_logprobs=grad_logprobs[part],
-                grad_entropy=grad_entropy[part],
-            )
-            grad = shard.pointwise.vocab_gradient(logits, targets[part] - shard.start, ctx.temperature, grads_of_part)
-            torch.mm(grad, shard.weight, out=grad_hidden[part])
+        grad_hidden = (direction * grad_logprobs[:, None]).to(hidden.dtype)
+        if grad_entropy.any():
+            zero = torch.zeros_like(log_z)
+            for part in shard.chunks(len(targets)):
+                logits = hidden[part] @ shard.weight.t()
+                parts = _gradient(part, log_z=log_z, entropy=entropy, grad_logprobs=zero, grad_entropy=grad_entropy)
+                grad = shard.pointwise.vocab_gradient(logits, targets[part] - shard.start, ctx.temperature, parts)
+                grad_hidden[part] += grad @ shard.weight
         return grad_hidden, None, None, None
+
+
+def _gradient(part: slice, **whole: Tensor) -> VocabGradient:
+    """The positions of one chunk."""
+    return VocabGradient(**{name: tensor[part] for name, tensor in whole.items()})
 
 
 def logprobs_and_entropy(

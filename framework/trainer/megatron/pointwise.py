@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,40 +70,97 @@ class Pointwise:
     """Of one chunk's fp32 logits on a rank."""
 
 
+class _RmsNorm(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), keeping x as it came and r. With g = dy w:
+
+    dx = r g - x r^3 mean(g x)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        r = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        x32, g = x.float(), grads[0] * weight.float()
+        inner = (g * x32).sum(dim=-1, keepdim=True).mul_(r**3 / x.shape[-1])
+        return g.mul_(r).addcmul_(x32, inner, value=-1.0).to(x.dtype), None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return out
+
+
+class _Rotation(torch.autograd.Function):
+    """Linear in x; its transpose is the rotation by the opposite angle. Keeps the angles only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, sign=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, sign=-1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019), statistics in float32."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return _RmsNorm.apply(x, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return _SwiGlu.apply(gate_up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021) in the half-split form HF uses; ``sin`` has its first half negated."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
-    return x * cos + swapped * sin
+    return _Rotation.apply(x, cos, sin)
 
 
 def norm_and_rotate(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
 ) -> tuple[Tensor, ...]:
     """Splits the fused product, normalises q and k where the model does, and rotates them."""
-    split = qkv.unflatten(1, (-1, heads.dim)).split([heads.query, heads.kv, heads.kv], dim=1)
-    q, k, v = split
+    q, k, v = qkv.unflatten(1, (-1, heads.dim)).split([heads.query, heads.kv, heads.kv], dim=1)
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, heads.eps), rms_norm(k, k_weight, heads.eps)
-    rotated = rotate(torch.cat([q, k], dim=1), cos, sin)
-    q, k = rotated.split([heads.query, heads.kv], dim=1)
-    return q, k, v
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    z = logits.float()
-    return z if temperature == 1.0 else z / temperature
+    z = logits.to(torch.float32, copy=True)
+    return z if temperature == 1.0 else z.div_(temperature)
 
 
 def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabStats:
@@ -111,22 +169,22 @@ def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabSta
     mine = (targets >= 0) & (targets < z.shape[1])
     picked = z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * mine
     top = z.amax(dim=1)
-    weights = (z - top[:, None]).exp_()
-    return VocabStats(top=top, total=weights.sum(dim=1), weighted=(weights * z).sum(dim=1), picked=picked)
+    p = z.softmax(dim=1)  # one fused pass; its largest entry is 1 / sum_j exp(z_j - top)
+    total = p.amax(dim=1).reciprocal()
+    return VocabStats(top=top, total=total, weighted=z.mul_(p).sum(dim=1) * total, picked=picked)
 
 
 def vocab_gradient(logits: Tensor, targets: Tensor, temperature: float, parts: VocabGradient) -> Tensor:
     """See :attr:`Pointwise.vocab_gradient`."""
-    log_p = _scaled(logits, temperature) - parts.log_z[:, None]
-    p = log_p.exp()
+    log_p = _scaled(logits, temperature).sub_(parts.log_z[:, None])
     if parts.grad_entropy.any():
-        scale = -parts.grad_entropy[:, None] * (log_p + parts.entropy[:, None])
-        grad = p * (scale - parts.grad_logprobs[:, None])
+        scale = (log_p + parts.entropy[:, None]).mul_(parts.grad_entropy[:, None]).add_(parts.grad_logprobs[:, None])
+        grad = log_p.exp_().mul_(scale).neg_()
     else:
-        grad = p.mul_(-parts.grad_logprobs[:, None])
+        grad = log_p.exp_().mul_(-parts.grad_logprobs[:, None])
     rows = torch.nonzero((targets >= 0) & (targets < grad.shape[1])).squeeze(1)
     grad[rows, targets[rows]] += parts.grad_logprobs[rows]
-    return (grad / temperature).to(logits.dtype)
+    return (grad if temperature == 1.0 else grad.div_(temperature)).to(logits.dtype)
 
 
 PLAIN = Pointwise(
@@ -135,5 +193,5 @@ PLAIN = Pointwise(
     norm_and_rotate=norm_and_rotate,
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
-    chunk_bytes=64 * 2**20,
+    chunk_bytes=24 * 2**20,  # stays in the cache, and below the size that malloc takes from the kernel each time
 )

@@ -1,0 +1,246 @@
+"""The real service, Megatron and vLLM, as a process of its own, driven by the unmodified tinker SDK over HTTP.
+
+Losses and gradients are compared with transformers + PEFT in float32. A gradient is read through one AdamW step with
+``eps = learning_rate = 1000``: the weights then move by the gradient itself, up to its own thousandth.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+
+from framework.models.tiny import make_tiny_model
+
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+tinker = pytest.importorskip("tinker")
+types = tinker.types
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB = 512
+RNG = np.random.default_rng(0)
+TOKENS = [RNG.integers(3, VOCAB, size=n).tolist() for n in (12, 7, 9)]
+LOGPROBS = [RNG.normal(-6.2, 0.3, size=len(t) - 1).round(3).tolist() for t in TOKENS]
+ADVANTAGES = [RNG.normal(size=len(t) - 1).round(3).tolist() for t in TOKENS]
+WEIGHTS = [RNG.normal(size=len(t) - 1).round(3).tolist() for t in TOKENS]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running service."""
+
+    url: str
+    model: Path
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("service")
+    model = make_tiny_model(folder / "model", family="llama", vocab_size=VOCAB)
+    _tiny_tokenizer(model)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [] if request.param == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    keys = [f"model.name_or_path={model}", "model.dtype=float32", "engine.max_model_len=256", "engine.max_num_seqs=16"]
+    keys += [
+        f"service.port={port}",
+        f"service.data_dir={folder / 'data'}",
+        "service.max_tokens_per_microbatch=16",
+        "service.log_level=warning",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *launcher, "launch/serve.py", *keys], cwd=ROOT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    _wait(url, process)
+    yield Server(url=url, model=model, process=process)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=120)
+    if request.param == 1:  # torchrun tells of the signal by a code of its own
+        assert code == 0
+
+
+def _tiny_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"<{token}>": token for token in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>", unk_token="<0>").save_pretrained(folder)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the service ended while it started"
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError("the service did not start")
+
+
+@pytest.fixture
+def sdk(server: Server) -> Iterator[Any]:
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-test") as client:
+        yield client
+
+
+def make(sdk: Any, server: Server, **options: Any) -> Any:
+    return sdk.create_lora_training_client(base_model=str(server.model), **{"rank": 4, "seed": 1, **options}).result()
+
+
+def data(loss_fn: str) -> list[Any]:
+    rows = []
+    for tokens, logprobs, advantages, weights in zip(TOKENS, LOGPROBS, ADVANTAGES, WEIGHTS, strict=True):
+        inputs: dict[str, Any] = {"target_tokens": tokens[1:]}
+        if loss_fn == "cross_entropy":
+            inputs["weights"] = weights
+        else:
+            inputs |= {"logprobs": logprobs, "advantages": advantages}
+        if loss_fn == "gspo":
+            inputs["sequence_ratio_mask"] = [1.0] * (len(tokens) - 1)
+        rows.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+    return rows
+
+
+def clip(ratio: torch.Tensor) -> torch.Tensor:
+    return ratio.clamp(0.8, 1.2)
+
+
+def gspo(lp: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    ratio = torch.exp((lp.detach() - q).mean()) * torch.exp(lp - lp.detach())
+    return -torch.minimum(ratio * a, clip(ratio) * a)
+
+
+REFERENCE: Mapping[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "importance_sampling": lambda lp, q, a: -torch.exp(lp - q) * a,
+    "ppo": lambda lp, q, a: -torch.minimum(torch.exp(lp - q) * a, clip(torch.exp(lp - q)) * a),
+    "cispo": lambda lp, q, a: -clip(torch.exp(lp - q)).detach() * lp * a,
+    "dro": lambda lp, q, a: -(lp * a - 0.5 * 0.05 * (lp - q) ** 2),
+    "gspo": gspo,
+}
+"""(trainer's logprobs, sampler's logprobs, advantages) of one datum to its per-token loss."""
+
+
+def download(client: Any, server: Server, name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter as a PEFT folder, through the SDK's own way to export it."""
+    path = client.save_weights_external(name).result().path
+    rest = tinker.RestClient(base_url=server.url, api_key="tml-test")
+    run, name = path.removeprefix("tinker://").split("/")[0], path.rsplit("/", 1)[1]
+    del rest
+    urls = httpx.get(
+        f"{server.url}/api/v1/training_runs/{run}/checkpoints/external_weights/{name}/external_weights_urls"
+    ).json()["urls"]
+    folder.mkdir()
+    for file, url in urls.items():
+        (folder / file).write_bytes(httpx.get(url).raise_for_status().content)
+    return load_safetensors(io.BytesIO((folder / "adapter_model.safetensors").read_bytes()).getvalue())
+
+
+def reference(server: Server, folder: Path, loss_fn: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and the gradient of every factor by transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    total = torch.zeros(())
+    for tokens, logprobs, advantages, weights in zip(TOKENS, LOGPROBS, ADVANTAGES, WEIGHTS, strict=True):
+        logits = model(torch.tensor([tokens[:-1]])).logits[0]
+        lp = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        if loss_fn == "cross_entropy":
+            total = total - (torch.tensor(weights) * lp).sum()
+        else:
+            total = total + REFERENCE[loss_fn](lp, torch.tensor(logprobs), torch.tensor(advantages)).sum()
+    total.backward()
+    grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return total.item(), grads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", *REFERENCE])
+def test_loss_and_gradient_are_pefts(sdk: Any, server: Server, tmp_path: Path, loss_fn: str) -> None:
+    client = make(sdk, server)
+    client.forward_backward(data("cross_entropy"), "cross_entropy").result()  # so that B is not zero
+    client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    before = download(client, server, "before", tmp_path / "before")
+    loss, grads = reference(server, tmp_path / "before", loss_fn)
+    done = client.forward_backward(data(loss_fn), loss_fn)
+    client.optim_step(types.AdamParams(learning_rate=1e3, eps=1e3, beta1=0.0, beta2=0.0)).result()
+    after = download(client, server, "after", tmp_path / "after")
+    assert done.result().metrics["loss:sum"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert set(grads) == set(before)
+    scale = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():
+        moved = before[name] - after[name]  # g / (1 + |g| / 1000)
+        measured = moved / (1.0 - moved.abs() / 1e3)
+        torch.testing.assert_close(
+            measured, grad, rtol=1e-4, atol=1e-5 * max(scale, 1.0), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.slow
+def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -> None:
+    client = make(sdk, server, rank=8)
+    prompt = types.ModelInput.from_ints(TOKENS[0])
+    for _ in range(3):
+        client.forward_backward(data("cross_entropy")[:1], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+        sampler = client.save_weights_and_get_sampling_client()
+        output = client.forward(data("cross_entropy")[:1], "cross_entropy").result().loss_fn_outputs[0]
+        np.testing.assert_allclose(
+            sampler.compute_logprobs(prompt).result()[1:], output["logprobs"].tolist(), atol=2e-5
+        )
+        drawn = sampler.sample(
+            types.ModelInput.from_ints(TOKENS[0][:4]),
+            num_samples=2,
+            sampling_params=types.SamplingParams(max_tokens=6, seed=1),
+        ).result()
+        for sequence in drawn.sequences:
+            whole = TOKENS[0][:4] + list(sequence.tokens)
+            scored = client.forward(
+                [
+                    types.Datum(
+                        model_input=types.ModelInput.from_ints(whole[:-1]),
+                        loss_fn_inputs={"target_tokens": whole[1:], "weights": [1.0] * (len(whole) - 1)},
+                    )
+                ],
+                "cross_entropy",
+            ).result()
+            np.testing.assert_allclose(
+                scored.loss_fn_outputs[0]["logprobs"].tolist()[3:], list(sequence.logprobs), atol=2e-5
+            )
+
+
+@pytest.mark.slow
+def test_a_tenant_is_bit_for_bit_what_it_is_alone(sdk: Any, server: Server) -> None:
+    def losses(client: Any, others: list[Any]) -> list[float]:
+        seen = []
+        for _ in range(3):
+            done = client.forward_backward(data("cross_entropy"), "cross_entropy")
+            for other in others:
+                other.forward_backward(data("ppo"), "ppo")
+                other.optim_step(types.AdamParams(learning_rate=3e-2))
+            client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+            seen.append(done.result().metrics["loss:sum"])
+        return seen
+
+    alone = losses(make(sdk, server, rank=4), [])
+    others = [make(sdk, server, rank=rank, seed=rank) for rank in (1, 4, 16)]
+    assert losses(make(sdk, server, rank=4), others) == alone

@@ -4,9 +4,20 @@ A message says what was given, what is allowed, and which configuration key or f
 our own are assertions, not these.
 """
 
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
 
 class FrameworkError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+def end_with(error: FrameworkError) -> NoReturn:
+    """Ends the process with one line that says what was wrong, written at once so that ranks do not mix theirs."""
+    sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
+    sys.exit(1)
 
 
 class ConfigError(FrameworkError, ValueError):

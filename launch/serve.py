@@ -10,7 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from framework.errors import FrameworkError
+from framework.errors import FrameworkError, end_with
 from framework.service.opening import open_and_serve
 from framework.service.settings import arguments_from_env, schema, split
 
@@ -24,7 +24,7 @@ def main(composed: DictConfig) -> None:
     try:
         open_and_serve(*split(OmegaConf.to_container(composed, resolve=True)))
     except FrameworkError as error:  # what a user can cause is one message, not a traceback
-        sys.exit(f"error: {type(error).__name__}: {error}")
+        end_with(error)
 
 
 if __name__ == "__main__":
@@ -32,4 +32,4 @@ if __name__ == "__main__":
         sys.argv[1:1] = arguments_from_env(os.environ)
         main()
     except FrameworkError as error:
-        sys.exit(f"error: {error}")
+        end_with(error)

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from framework.config import check_overrides, schema, to_typed
-from framework.errors import FrameworkError
+from framework.errors import FrameworkError, end_with
 from recipes import RECIPES, choose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -24,7 +24,7 @@ def main(composed: DictConfig) -> None:
         cfg = to_typed(composed)
         choose(cfg.recipe).run(cfg)
     except FrameworkError as error:  # what a user can cause is one message, not a traceback
-        sys.exit(f"error: {type(error).__name__}: {error}")
+        end_with(error)
 
 
 if __name__ == "__main__":
@@ -36,4 +36,4 @@ if __name__ == "__main__":
         check_overrides(sys.argv[1:], groups, unused)
         main()
     except FrameworkError as error:
-        sys.exit(f"error: {error}")
+        end_with(error)

@@ -136,7 +136,7 @@ def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
     code, output = launch(tmp_path, "optimizer.learnig_rate=1e-3")
     assert code != 0
     assert errors(output) == [
-        "error: unknown key 'optimizer.learnig_rate' in 'optimizer.learnig_rate=1e-3'; "
+        "error: ConfigError: unknown key 'optimizer.learnig_rate' in 'optimizer.learnig_rate=1e-3'; "
         "did you mean 'optimizer.learning_rate'?"
     ]
 

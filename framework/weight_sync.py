@@ -2,7 +2,8 @@
 
 A push is this rank's shards copied into a slot of this rank's engine: no gather, no disk, no collective. What comes
 after is the proof: the set of modules in the slot equals the set exported, and every factor read back is bit for bit
-the trainer's.
+the trainer's. The same proof before each update (:meth:`WeightSync.verify`) finds a push that was skipped and a slot
+that something else has written to.
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ class WeightSync:
         check_delivery(ref, spec, shards, self._engine.read_adapter(ref))
         return ref
 
+    def verify(self, ref: AdapterRef) -> None:
+        """Proves again that the slot of ``ref`` holds, bit for bit, what the trainer holds now.
+
+        Called between sampling and the update it shows that the samples came from the weights that are updated.
+
+        Raises:
+            DeliveryError: the trainer went on without a push, or the slot was overwritten; names the module.
+        """
+        spec = self._trainer.adapters()[ref.name]
+        check_delivery(ref, spec, self._trainer.adapter_shards(ref.name), self._engine.read_adapter(ref))
+
+    def release(self, name: str) -> None:
+        """Unloads the version that :meth:`push` made last; its number is not used again."""
+        self._engine.unload_adapter(self._current.pop(name))
+
 
 def content_hash(shards: Mapping[str, LoraShard]) -> str:
     """Digest of this rank's factors in module order: names, shapes and a sum over bit patterns, made on the device.
@@ -123,13 +139,17 @@ def check_delivery(
         held: the engine's slot by module path; modules that were not pushed must be zero.
 
     Raises:
-        DeliveryError: naming the first module that is missing, should be zero, or differs.
+        DeliveryError: naming the first module that is missing, exported twice, should be zero, or differs.
     """
     wanted = {path for path in held if path.rpartition(".")[2] in spec.targets}
     for problem, paths in (("was not pushed", wanted - set(pushed)), ("has no slot", set(pushed) - set(held))):
         if paths:
             raise DeliveryError(f"{ref}: {sorted(paths)[0]} {problem} ({len(paths)} modules in all)")
+    owners: dict[int, str] = {}
     for path, shard in pushed.items():
+        for factor in (shard.a, shard.b):
+            if (owner := owners.setdefault(factor.data_ptr(), path)) != path:
+                raise DeliveryError(f"{ref}: the trainer exports the same factor as {owner} and as {path}")
         if held[path].a.shape != shard.a.shape or held[path].b.shape != shard.b.shape:
             raise DeliveryError(f"{ref}: {path} has another shape in the engine's slot than in the trainer")
     stray = [path for path in held if path not in pushed]

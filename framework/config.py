@@ -52,7 +52,7 @@ class ParallelConfig:
     sequence_parallel: bool = True
     """Split norms and residuals over the sequence; has an effect with tensor parallelism."""
     timeout_s: float = 600.0
-    """How long a collective may wait before the run ends with an error."""
+    """How long one collective, engine step or microbatch may take before every rank writes its stacks and exits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +160,23 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityConfig:
-    """The gate on the difference between the trainer's logprobs and the engine's, of the same tokens."""
+    """The gate on the difference between the trainer's logprobs and the engine's, of the same tokens.
+
+    ``warn`` prints a warning, ``abort`` ends the run at that step. The quantities are in algorithms/mismatch.py.
+    """
 
     warn_abs_diff_mean: float = 0.05
     abort_abs_diff_mean: float = 0.15
+    warn_abs_diff_max: float = 2.0
+    """Of one token; bf16 alone makes it 0.6."""
+    abort_abs_diff_max: float = 10.0
     warn_gen_kl_error: float = 0.01
     abort_gen_kl_error: float = 0.05
+    warn_token_mult_prob_error: float = 1.08
+    """The factor by which probabilities are off; 1 when equal."""
+    abort_token_mult_prob_error: float = 1.25
+    probe: bool = True
+    """Prove at the start that an adapter with a random B changes the engine's logprobs as it changes the trainer's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

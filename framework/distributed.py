@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from framework.device import HOST, Device
 from framework.errors import ConfigError, FrameworkError, LockstepError
+from framework.watchdog import BACKSTOP_S, Watchdog
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class Mesh:
     """Ranks that hold the shards of one model."""
     dp_group: dist.ProcessGroup
     """Ranks that hold the same shard and train on different data."""
+    watchdog: Watchdog
+    """Ends the run when a watched call is late; backends watch what contains collectives of their own."""
 
     @property
     def is_leader(self) -> bool:
@@ -51,7 +54,8 @@ class Mesh:
             return value  # type: ignore[return-value]
         box = [value if self.is_leader else None]
         source = self.dp_rank * self.tp_size
-        dist.broadcast_object_list(box, src=source, group=self.tp_group, device=HOST)
+        with self.watchdog.watch("broadcast"):
+            dist.broadcast_object_list(box, src=source, group=self.tp_group, device=HOST)
         return box[0]  # type: ignore[return-value]
 
     def run_on_leader(self, work: Callable[[], T]) -> T:
@@ -75,7 +79,8 @@ class Mesh:
         if self.dp_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.dp_group)
+        with self.watchdog.watch("global_sum"):
+            dist.all_reduce(tensor, group=self.dp_group)
         return tensor.tolist()
 
     def all_gather(self, value: T) -> list[T]:
@@ -83,7 +88,8 @@ class Mesh:
         if self.world_size == 1:
             return [value]
         box: list[Any] = [None] * self.world_size
-        dist.all_gather_object(box, value)
+        with self.watchdog.watch("all_gather"):
+            dist.all_gather_object(box, value)
         return box
 
     def barrier(self) -> None:
@@ -125,7 +131,8 @@ class Mesh:
             return
         digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big") >> 1
         extremes = torch.tensor([digest, -digest], dtype=torch.int64)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.tp_group)
+        with self.watchdog.watch(f"the comparison before {what}"):
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.tp_group)
         if extremes[0].item() == -extremes[1].item():
             return
         box: list[Any] = [None] * self.tp_size
@@ -159,6 +166,11 @@ def _portable(error: Exception) -> Exception:
 def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) -> Mesh:
     """Joins torchrun's process group, or makes one of this single process, and splits it into groups.
 
+    Args:
+        device: of this rank.
+        tensor_parallel_size: ranks per copy of the model.
+        timeout_s: after it the watchdog ends the run.
+
     Raises:
         ConfigError: the world does not divide into tensor-parallel groups, or the rendezvous port is taken.
     """
@@ -169,9 +181,10 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
             f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} processes "
             f"torchrun started (--nproc_per_node)"
         )
+    limit = timedelta(seconds=timeout_s + BACKSTOP_S)
     if not dist.is_initialized():
         try:
-            dist.init_process_group(device.collective_backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(device.collective_backend, timeout=limit)
         except dist.DistNetworkError as error:
             raise ConfigError(
                 f"cannot open the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
@@ -185,7 +198,7 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
         ("dp", [list(range(start, world_size, tp)) for start in range(tp)]),
     ):
         for ranks in groups:  # every rank takes part in making every group
-            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+            group = dist.new_group(ranks, timeout=limit)
             if rank in ranks:
                 mine[name] = group
     return Mesh(
@@ -197,7 +210,17 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
         dp_size=dp,
         tp_group=mine["tp"],
         dp_group=mine["dp"],
+        watchdog=Watchdog(rank=rank, world_size=world_size, timeout_s=timeout_s, store=_watchdog_store(world_size)),
     )
+
+
+def _watchdog_store(world_size: int) -> Any:
+    """A connection of its own to the store that the ranks met in; each start by torchrun has its own keys."""
+    if world_size == 1:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
 
 def close_mesh() -> None:

@@ -45,7 +45,9 @@ def check_parity(values: dict[str, float], gate: ParityConfig, *, step: int) -> 
     """
     for name, warn, abort in (
         ("logprob_abs_diff_mean", gate.warn_abs_diff_mean, gate.abort_abs_diff_mean),
+        ("logprob_abs_diff_max", gate.warn_abs_diff_max, gate.abort_abs_diff_max),
         ("gen_kl_error", gate.warn_gen_kl_error, gate.abort_gen_kl_error),
+        ("token_mult_prob_error", gate.warn_token_mult_prob_error, gate.abort_token_mult_prob_error),
     ):
         value = values[f"parity/{name}"]
         if not value <= abort:

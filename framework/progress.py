@@ -63,7 +63,8 @@ def begin(cfg: RunConfig, rt: Runtime, order: ShuffledOrder) -> Progress:
     )
     order.load_state_dict(meta["order"])
     if isinstance(rt, SamplingRuntime):
-        rt.weight_sync.versions.last = meta["last_version"]
+        versions = rt.weight_sync.versions
+        versions.last = max(versions.last, meta["last_version"])
     set_rng_state(state)
     return Progress(order=order, step=rt.resumed.step, evaluations=list(meta["evaluations"]))
 

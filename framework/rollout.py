@@ -165,6 +165,10 @@ class SampleRow:
     reward: float
     num_tokens: int
     """Sampled ones."""
+    adapter: str
+    """``name@version``; empty for the base model."""
+    content_hash: str
+    """Of the leader's shards of that version."""
 
 
 def sample_rows(
@@ -181,6 +185,8 @@ def sample_rows(
             completion=decode(rollout.token_ids[start:]),
             reward=rollout.reward,
             num_tokens=sum(rollout.loss_mask),
+            adapter=str(rollout.adapter or ""),
+            content_hash=rollout.adapter.content_hash if rollout.adapter else "",
         )
         rows.append(row)
     return tuple(rows)

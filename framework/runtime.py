@@ -23,6 +23,7 @@ from framework.models.hub import ResolvedModel, default_cache_dir, resolve_model
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec, read_spec
 from framework.models.weights import check_checkpoint, load_shard
+from framework.probe import probe_delivery
 from framework.tracking import SilentTracker, Tracker
 from framework.trainer.base import Trainer
 from framework.weight_sync import VersionCounter, WeightSync
@@ -107,6 +108,8 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
         synchronize=base.device.synchronize,
         check_lockstep=base.mesh.check_lockstep,
     )
+    if cfg.parity.probe:
+        probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
     settle()
     return SamplingRuntime(
         base=base,
@@ -213,6 +216,7 @@ def open_records(cfg: RunConfig, base: Base) -> dict[str, Any]:
     """Where the run writes and what it continues: Runtime's fields run_dir, store, resumed and tracker."""
     mesh = base.mesh
     run_dir = mesh.all_gather(choose_run_dir(cfg))[0]  # rank 0's: the time in its name differs between ranks
+    mesh.watchdog.folder = run_dir
     store = CheckpointStore(run_dir / "checkpoints", keep=cfg.checkpoint.keep, ranks=mesh)
     latest = store.latest() if cfg.resume == "auto" else None
     resumed = store.load(latest, config=flatten(plain(cfg))) if latest is not None else None

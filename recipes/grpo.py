@@ -43,6 +43,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         timer = PhaseTimer(rt.base.device.synchronize)
         with timer.phase("rollout"):
             result = sample(cfg, rt, algorithm, problems, progress.order, ref, step)
+        with timer.phase("verify"):
+            rt.weight_sync.verify(ref)  # the samples came from the weights about to be updated
         datums = algorithm.datums(result.groups)
         if algorithm.needs_ref_logprobs:
             with timer.phase("reference"):
@@ -152,8 +154,8 @@ def evaluate(cfg: RunConfig, rt: SamplingRuntime, problems: Problems, ref: Adapt
 def table(rt: SamplingRuntime, result: CollectResult) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
     """A few rollouts as text."""
     rows = sample_rows(result.groups, rt.chat.decode, limit=8)
-    return ("problem", "prompt", "completion", "reward"), [
-        (r.problem_id, r.prompt, r.completion, r.reward) for r in rows
+    return ("problem", "prompt", "completion", "reward", "adapter", "content_hash"), [
+        (r.problem_id, r.prompt, r.completion, r.reward, r.adapter, r.content_hash) for r in rows
     ]
 
 

@@ -16,12 +16,12 @@ MAX_LAUNCH_LINES = 40
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
-    ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing"),
+    ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing", "watchdog"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
-    ("rollout", "evaluation", "weight_sync", "checkpoint", "config"),
+    ("rollout", "evaluation", "weight_sync", "probe", "checkpoint", "config"),
     ("parity", "runtime"),
     ("progress",),
-    ("service", "client"),
+    ("service", "client", "doctor"),
 )
 """Modules and packages of framework/, lowest layer first. A module imports from its own layer and from those below."""
 
@@ -55,7 +55,12 @@ DEVICE_FILES = (
 HOSTS = re.compile(r"pypi\.org|pythonhosted\.org|registry\.npmjs\.org|deb\.debian\.org|download\.pytorch\.org")
 MACHINE_PATHS = re.compile(r"(?<![\w.~}/-])/(?:work|root|opt/wheels|opt/pypi[\w-]*|home/\w+)(?=/|\b)(?![\w-])")
 
-OF_THE_REPOSITORY = ("tests/test_structure.py", "tests/test_makefile.py", "tests/test_docs.py")
+OF_THE_REPOSITORY = (
+    "tests/test_structure.py",
+    "tests/test_makefile.py",
+    "tests/test_docs.py",
+    "tests/faults/test_faults.py",
+)
 MIRRORED = ("benchmarks", "conf", "examples", "launch", "recipes")
 """Folders beside framework/ whose tests lie in tests/<folder>/; framework's own lie in tests/ itself."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
 from framework.algorithms.base import Metric
 from framework.errors import EnvironmentFailure
 from framework.rollout import CollectResult, collect_filtered, rollout_metrics, sample_rows
-from framework.types import Rollout, RolloutGroup
+from framework.types import AdapterRef, Rollout, RolloutGroup
 
 
 def group(*rewards: float, name: str = "p") -> RolloutGroup:
@@ -89,3 +90,12 @@ def test_dynamic_sampling_is_bounded() -> None:
 def test_sample_rows_are_text() -> None:
     (row,) = sample_rows([group(1.0, 0.0)], lambda tokens: "-".join(map(str, tokens)), limit=5)
     assert (row.problem_id, row.prompt, row.completion, row.reward, row.num_tokens) == ("p", "1", "2-3", 1.0, 2)
+    assert (row.adapter, row.content_hash) == ("", "")
+
+
+def test_sample_rows_name_the_version_and_its_hash() -> None:
+    ref = AdapterRef(name="policy", version=3, content_hash="9f2c")
+    whole = group(1.0)
+    sampled = replace(whole, rollouts=tuple(replace(rollout, adapter=ref) for rollout in whole.rollouts))
+    (row,) = sample_rows([sampled], lambda tokens: "", limit=1)
+    assert (row.adapter, row.content_hash) == ("policy@3", "9f2c")

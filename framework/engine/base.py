@@ -57,7 +57,11 @@ class RolloutEngine(Protocol):
         """
 
     def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
-        """The slot's content by module path, cut to the adapter's rank: views of what the kernels will read."""
+        """The slot's content by module path, cut to the adapter's rank: views of what the kernels will read.
+
+        Raises:
+            DeliveryError: the slot has been given to another version.
+        """
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         """Frees the slot. Requests in flight for it must have finished."""

@@ -21,6 +21,7 @@ from framework.errors import FrameworkError
 from framework.runtime import POLICY, SamplingRuntime, open_sampling
 from framework.types import AdapterRef, Completion, Datum, Prompt, SamplingParams
 from recipes import grpo
+from tests.recipes.injections import injections
 
 PROMPTS = tuple(tuple(range(7 + 3 * i, 20 + 4 * i)) for i in range(4))
 
@@ -86,7 +87,7 @@ def on_ranks(model: Path, run_dir: Path, **overrides: Any) -> dict[str, Any]:
     """Pushes, samples, compares, then runs the recipe."""
     cfg = config(model, run_dir, **overrides)
     rt = open_sampling(cfg)
-    seen: dict[str, Any] = {"pushes": _pushes(rt, cfg), "refusals": _refusals(rt)}
+    seen: dict[str, Any] = {"pushes": _pushes(rt, cfg), "refusals": _refusals(rt), "injections": _injections(rt, cfg)}
     rt.trainer.remove_adapter("probe")
     grpo.run(cfg, rt)
     state = rt.trainer.state_dict(POLICY)
@@ -219,3 +220,13 @@ def _refused(call: Any) -> str | None:
     except FrameworkError as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _injections(rt: SamplingRuntime, cfg: RunConfig) -> dict[str, str | None]:
+    """What becomes of faults put between this trainer and this engine."""
+    sampling = SamplingParams(max_tokens=12, temperature=0.7, seed=3, ignore_eos=True)
+    requests = [
+        SampleRequest(request_id=f"injected-{i}", prompt=Prompt(token_ids=prompt), sampling=sampling, adapter=None)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    return injections(rt, cfg, requests, randomise=lambda seed: _randomise(rt, seed=seed))

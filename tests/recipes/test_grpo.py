@@ -46,7 +46,7 @@ def test_the_engine_samples_from_what_the_trainer_pushed(run: dict[str, Any]) ->
 
 def test_every_push_is_a_new_version_with_other_tokens(run: dict[str, Any]) -> None:
     pushes = run["ranks"][0]["pushes"][:3]
-    assert [push["ref"] for push in pushes] == [("probe", 1), ("probe", 2), ("probe", 3)]
+    assert [push["ref"] for push in pushes] == [("probe", 2), ("probe", 3), ("probe", 4)]  # 1 was the start-up probe
     assert len({str(push["tokens"]) for push in pushes}) == 3
     assert len({push["hash"] for push in pushes}) == 3
 
@@ -67,6 +67,21 @@ def test_what_the_engine_refuses_says_which_key_to_change(run: dict[str, Any]) -
     assert "engine.max_adapters" in refused["full"]
     assert "twice" in refused["twice"]
     assert "z_proj" in refused["module"]
+
+
+def test_faults_between_trainer_and_engine_end_with_their_name(run: dict[str, Any]) -> None:
+    for rank in run["ranks"]:
+        seen = rank["injections"]
+        assert [seen[name] for name in ("probe", "as_pushed", "gate_as_pushed")] == [None] * 3
+        assert "DeliveryError" in seen["engine_without_adapters"]
+        assert "the engine ignores the adapter" in seen["engine_without_adapters"]
+        assert seen["bit_flipped"].endswith("differs from the trainer's shard in model.layers.1.mlp.down_proj")
+        assert "DeliveryError" in seen["slot_of_another"]
+        assert "model.layers.0.self_attn.q_proj and all other modules" in seen["slot_of_another"]
+        assert "DeliveryError" in seen["push_skipped"]
+        assert "model.layers.0.self_attn.q_proj" in seen["push_skipped"]
+        for name in ("gate_raw_logprobs", "gate_stale_adapter"):
+            assert seen[name].startswith("MismatchError: step 7: parity/"), name
 
 
 def test_all_ranks_hold_the_same_replicated_factors_and_sample_the_same(run: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from framework.device import Device
 from framework.distributed import Mesh
 from framework.engine.base import SampleRequest, StepOutput
 from framework.engine.vllm import internals
-from framework.errors import AdapterError, ConfigError
+from framework.errors import AdapterError, ConfigError, DeliveryError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion, SamplingParams, StopReason, TopLogprobs
@@ -55,6 +55,7 @@ class VllmEngine:
         with internals.keep_random_state():
             self._llm = _start(model_path, options, mesh, device, dtype)
         self._device = device
+        self._watchdog = mesh.watchdog
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._max_model_len: int = self._llm.model_config.max_model_len
         self._slots = internals.SlotTable(self._llm)
@@ -131,7 +132,11 @@ class VllmEngine:
         """See :meth:`RolloutEngine.read_adapter`; every projection of the model, also those without an adapter."""
         slot = self._slot(ref)
         if self._slots.bound_id(slot) != ref.version:
-            raise AdapterError(f"slot {slot} serves version {self._slots.bound_id(slot)}, not {ref}")
+            module = self._slots.module_paths[0]
+            raise DeliveryError(
+                f"{ref}: {module} and all other modules are served from another version: slot {slot} was given to "
+                f"version {self._slots.bound_id(slot)}"
+            )
         key = (slot, self._rank_of[ref.version].rank)
         if key not in self._read_of:
             rows_of, rank = self._slots.rows(slot), key[1]
@@ -196,7 +201,9 @@ class VllmEngine:
         new_tokens: dict[str, tuple[int, ...]] = {}
         if not self._in_flight:
             return StepOutput(finished=finished, new_tokens=new_tokens)
-        for output in self._llm.step():
+        with self._watchdog.watch("an engine step"):
+            outputs = self._llm.step()
+        for output in outputs:
             request = self._in_flight.get(output.request_id)
             if request is None:
                 continue

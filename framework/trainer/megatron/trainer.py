@@ -116,7 +116,8 @@ class MegatronTrainer:
         results: list[tuple[Microbatch, Tensor, Tensor]] = []
         with torch.no_grad(), self._adapter_on(name, grad=None):
             for microbatch in batch.microbatches:
-                logprobs, entropy = self._logprobs(microbatch, batch.temperature)
+                with self.mesh.watchdog.watch("the forward pass of a microbatch"):
+                    logprobs, entropy = self._logprobs(microbatch, batch.temperature)
                 results.append((microbatch, logprobs, entropy))
         return _by_datum(results, batch.num_datums)
 
@@ -130,7 +131,8 @@ class MegatronTrainer:
             for index, microbatch in enumerate(batch.microbatches):
                 number = state.num_microbatches + index
                 self._switch.dropout_counter = number * self.mesh.dp_size + self.mesh.dp_rank
-                logprobs, entropy = self._logprobs(microbatch, batch.temperature)
+                with self.mesh.watchdog.watch("the forward pass of a microbatch"):
+                    logprobs, entropy = self._logprobs(microbatch, batch.temperature)
                 output = loss_fn(self._loss_inputs(microbatch, logprobs, entropy))
                 if output.per_token.shape != logprobs.shape:
                     raise ConfigError(
@@ -138,8 +140,9 @@ class MegatronTrainer:
                         f"it must have one entry per scored token, {tuple(logprobs.shape)}"
                     )
                 total = (output.per_token * microbatch.weights.to(logprobs.device)).sum()
-                total.backward()
-                loss += total.item()
+                with self.mesh.watchdog.watch("the backward pass of a microbatch"):
+                    total.backward()
+                    loss += total.item()
                 _merge(metrics, output.metrics)
                 results.append((microbatch, logprobs.detach(), entropy.detach()))
         state.accumulate(grad)
@@ -148,7 +151,8 @@ class MegatronTrainer:
 
     def optim_step(self, name: str, params: AdamParams) -> OptimResult:
         """See :meth:`Trainer.optim_step`."""
-        return self._state(name).optim_step(params)
+        with self.mesh.watchdog.watch("an optimizer step"):
+            return self._state(name).optim_step(params)
 
     def zero_grad(self, name: str) -> None:
         """Forgets the accumulated gradient."""

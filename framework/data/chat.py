@@ -6,7 +6,7 @@ assistant said; rewards and tables get text. What a model generated is never ren
 
 Both kinds of tokens are laid out from the same cuts of the template's text, before and after each assistant message,
 and each piece is tokenised alone, because that is what the engine sees: a prompt, then what was generated.
-:meth:`Chat.check_prefix` proves at the start of a run that this equals tokenising the conversation whole.
+:meth:`Chat.check_prefix` proves at the start of a run that this gives the template's conversation.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class Chat:
         return TrainingTokens(token_ids=(*token_ids, *tail), loss_mask=(*loss_mask, *([False] * len(tail))))
 
     def check_prefix(self, role: Literal["user", "tool"] = "user") -> None:
-        """Proves on a short conversation that appending tokens equals rendering and tokenising it whole.
+        """Proves on a short conversation that appending tokens gives what the template makes of it whole.
 
         Args:
             role: who answers the assistant.
 
         Raises:
-            DataError: the template rewrites earlier turns (e.g. drops their thinking), does not end a turn with the
-                tokenizer's eos_token, or the tokens of one turn depend on another.
+            DataError: the template rewrites earlier turns (e.g. drops their thinking) or does not end a turn with the
+                tokenizer's eos_token, or the tokenizer adds to the text of a turn.
         """
         says = "<think>\nc\n</think>\n\nb" if "</think>" in self._template else "b"
         opening: list[Message] = [{"role": "user", "content": "a"}]
@@ -127,10 +127,10 @@ class Chat:
         self._check_pieces(appended, whole)
 
     def check_training(self) -> None:
-        """Proves on a short conversation that its pieces' tokens equal those of the whole.
+        """Proves on a short conversation that its pieces together are the whole.
 
         Raises:
-            DataError: as :meth:`training_tokens`, or the tokens of one turn depend on another.
+            DataError: as :meth:`training_tokens`, or the tokenizer adds to the text of a turn.
         """
         conversation: list[Message] = [
             {"role": "user", "content": "a"},
@@ -140,10 +140,17 @@ class Chat:
         self._check_pieces(pieces, self.render(conversation, add_generation_prompt=False))
 
     def render(self, messages: Sequence[Message], tools: Tools | None = None, *, add_generation_prompt: bool) -> str:
-        """The template's text, special tokens spelled out."""
+        """The template's text, special tokens spelled out.
+
+        Raises:
+            DataError: a malformed message, one that the template refuses, or tools that it does not show.
+        """
         check_messages(messages)
         text = self._apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
+        lost = [name for name in _function_names(messages, tools) if name not in text]
+        if lost:
+            raise DataError(f"the chat template does not show the function {lost[0]!r}; use a model that knows tools")
         return text
 
     def tokens(self, text: str) -> tuple[int, ...]:
@@ -175,10 +182,12 @@ class Chat:
         return whole[len(before) :]
 
     def _check_pieces(self, pieces: Sequence[int], whole: str) -> None:
-        if tuple(pieces) != self.tokens(whole):
+        # Tokens may differ where a line break at the end of one piece would merge with the next; the text may not.
+        told, meant = self.decode(pieces), self.decode(self.tokens(whole))
+        if told != meant:
             raise DataError(
-                f"this tokenizer gives the turns of {whole!r} other tokens one by one ({list(pieces)}) than together "
-                f"({list(self.tokens(whole))}); use one whose tokens do not depend on what precedes a turn"
+                f"this tokenizer gives the turns of {whole!r} another text one by one ({told!r}) than together; use "
+                "one that does not add a space at the beginning of a text"
             )
 
     def _assistant_spans(self, messages: Sequence[Message], tools: Tools | None, text: str) -> list[tuple[int, int]]:
@@ -238,6 +247,17 @@ def check_messages(messages: object) -> None:
             raise DataError(
                 f"messages[{index}] must have 'content', a string, or 'tool_calls'; it is {_short(message)}"
             )
+
+
+def _function_names(messages: Sequence[Message], tools: Tools | None) -> list[str]:
+    """Names of functions that are offered or called, as far as they are where OpenAI's format has them."""
+    calls: list[object] = list(tools or ())
+    for message in messages:
+        made = message.get("tool_calls")
+        calls += made if isinstance(made, list) else []
+    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import normalizers
 
 from framework.data.chat import Chat, Message, check_messages
 from framework.errors import DataError
@@ -106,6 +107,35 @@ def test_good_templates_pass_the_start_up_checks(template: str) -> None:
     chat.check_prefix("tool")
     chat.check_training()
     assert chat.eos_token_id == 1
+
+
+def test_a_tokenizer_that_adds_a_space_to_every_text_is_refused() -> None:
+    # As those of Llama 2 do: "a" is " a" when tokenised alone.
+    tokenizer = tiny_tokenizer.__wrapped__()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    chat = Chat(tokenizer)
+    with pytest.raises(DataError, match="another text one by one"):
+        chat.check_prefix()
+    with pytest.raises(DataError, match="another text one by one"):
+        chat.check_training()
+
+
+def test_a_line_break_that_would_merge_is_no_reason_to_refuse() -> None:
+    chat = Chat(
+        tiny_tokenizer(CHATML.replace("assistant\n", "assistant\n\n").replace("m['role'] }}\n", "m['role'] }}\n\n"))
+    )
+    chat.check_prefix()
+    chat.check_training()
+    assert chat.prompt(CONVERSATION[:1]).token_ids[-1] == chat.tokens("\n\n")[0]
+
+
+def test_tools_that_the_template_does_not_show_are_an_error() -> None:
+    chat = Chat(tiny_tokenizer())
+    add = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    with pytest.raises(DataError, match="does not show the function 'add'"):
+        chat.prompt(CONVERSATION[:2], [add])
+    with pytest.raises(DataError, match="does not show the function 'add'"):
+        chat.training_tokens([CONVERSATION[1], {"role": "assistant", "content": "", "tool_calls": [add]}])
 
 
 def test_a_template_that_drops_thinking_is_refused_where_it_does() -> None:

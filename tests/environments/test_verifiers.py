@@ -13,7 +13,7 @@ from framework.environments.verifiers import VerifiersProblems, parse_tool_calls
 from framework.errors import ConfigError, EnvironmentFailure
 from framework.rollout import CollectResult, collect
 from framework.types import SamplingParams
-from tests.fakes import OneRank, ScriptedEngine, tiny_tokenizer
+from tests.fakes import CHATML, OneRank, ScriptedEngine, tiny_tokenizer
 
 CHAT = Chat(tiny_tokenizer())
 
@@ -98,7 +98,8 @@ def test_a_tool_environment_calls_its_tools() -> None:
         return float(completion[-1].content == answer)
 
     environment = vf.ToolEnv(dataset=data(("2+2?", "4")), tools=[add], rubric=vf.Rubric(funcs=[right]), max_turns=4)
-    problems = VerifiersProblems(CHAT, environment, rows(environment), name="tools")
+    knows_tools = Chat(tiny_tokenizer("{% if tools %}<|im_start|>system\n{{ tools }}<|im_end|>\n{% endif %}" + CHATML))
+    problems = VerifiersProblems(knows_tools, environment, rows(environment), name="tools")
     call = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 2}}</tool_call>'
     (rollout,) = play(problems, call, "4").groups[0].rollouts
     assert (rollout.reward, rollout.num_turns) == (1.0, 2)

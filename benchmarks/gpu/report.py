@@ -19,7 +19,8 @@ def write(path: Path, figures: Any) -> None:
     """Writes ``path``; figures are plain containers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    record = {"command": " ".join(sys.argv), "device": where, "versions": versions(), "figures": figures}
+    command = " ".join(["python -m", f"benchmarks.gpu.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    record = {"command": command, "device": where, "versions": versions(), "figures": figures}
     path.write_text(json.dumps(record, indent=1))
 
 

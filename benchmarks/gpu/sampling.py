@@ -37,15 +37,7 @@ def write_lora_configs(folder: Path) -> None:
     """Kernel configurations for decode batches of one adapter; larger batches keep vLLM's defaults."""
     folder.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
-    large = {
-        "block_m": 32,
-        "block_n": 16,
-        "block_k": 32,
-        "split_k": 8,
-        "num_warps": 4,
-        "num_ctas": 1,
-        "group_size_m": 8,
-    }
+    large = SHRINK | {"block_n": 16, "block_k": 32}
     plain = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_ctas": 1}
     for name, decode, prefill, key in (("SHRINK", SHRINK, large, "2560"), ("EXPAND_TRUE", EXPAND, plain, "32")):
         by_size = {"128": {key: {"32": decode | LATER}}, "1024": {key: {"32": prefill | LATER}}}

@@ -35,8 +35,7 @@ class Run:
     accuracy: Mapping[int, float]
     """Held-out greedy accuracy by step."""
     step_s: float
-    num_tokens: float
-    """Sampled tokens of an average rollout."""
+    """Mean over the steps."""
 
 
 def train(algorithm: str, seed: int, folder: Path, steps: int, every: int, overrides: Sequence[str]) -> None:
@@ -60,7 +59,6 @@ def read(algorithm: str, seed: int, folder: Path) -> Run:
         seed=seed,
         accuracy={row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row},
         step_s=sum(row["time/step_s"] for row in steps) / len(steps),
-        num_tokens=sum(row["rollout/completion_tokens"] for row in steps) / len(steps),
     )
 
 

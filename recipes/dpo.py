@@ -112,7 +112,9 @@ def evaluate(cfg: RunConfig, rt: Runtime, heldout: Sequence[Datum], *, step: int
     """
     logprobs = rt.trainer.forward(POLICY, batch_of(cfg, rt, heldout)).logprobs
     ref_logprobs = [trained_values(datum, "ref_logprobs") for datum in heldout]
-    ratios = np.array([mine.sum() - ref.sum() for mine, ref in zip(logprobs, ref_logprobs, strict=True)])
+    ratios = np.array(
+        [mine.sum(dtype=np.float64) - ref.sum() for mine, ref in zip(logprobs, ref_logprobs, strict=True)]
+    )
     margins = torch.from_numpy(ratios[0::2] - ratios[1::2])
     losses = dpo_pair_loss(margins, beta=cfg.dpo.beta, label_smoothing=cfg.dpo.label_smoothing)
     accuracy = float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())

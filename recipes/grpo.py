@@ -18,6 +18,7 @@ from framework.config import RunConfig
 from framework.data.order import ShuffledOrder
 from framework.environments.base import Problems
 from framework.environments.catalog import build_problems
+from framework.errors import ConfigError
 from framework.evaluation import greedy_accuracy
 from framework.metrics import reduce_metrics
 from framework.parity import check_parity, measure_parity
@@ -46,6 +47,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         with timer.phase("verify"):
             rt.weight_sync.verify(ref)  # the samples came from the weights about to be updated
         datums = algorithm.datums(result.groups)
+        check_trainable(rt, datums, step=step)
         if algorithm.needs_ref_logprobs:
             with timer.phase("reference"):
                 base_logprobs = rt.trainer.forward(None, batch_of(cfg, rt, algorithm, datums, ref)).logprobs
@@ -115,6 +117,20 @@ def sample(
         num_groups=num_groups,
         max_rounds=rollout.max_refills,
     )
+
+
+def check_trainable(rt: SamplingRuntime, datums: Sequence[Datum], *, step: int) -> None:
+    """Refuses a step without one token to train on, which would move the adapter by old momentum alone.
+
+    Raises:
+        ConfigError: every rollout of every replica was cut by the token limit, and the overlong filter took them out.
+    """
+    (num_trained,) = rt.mesh.global_sum([float(sum(sum(datum.loss_mask) for datum in datums))])
+    if not num_trained:
+        raise ConfigError(
+            f"step {step}: every rollout was cut at the token limit and algorithm.overlong_filter leaves none to train "
+            f"on; raise sampling.max_tokens, or set algorithm.overlong_filter=false"
+        )
 
 
 def batch_of(

@@ -6,6 +6,7 @@ The first problem of each two always earns the same reward, so that dynamic samp
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def on_ranks(model: Path, stranger: Path, runs: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     algorithm = {"name": "dapo", "aggregation": "token_mean", "dynamic_sampling": True, "kl_coef": 0.1}
     _run(first, grpo.run, config(model, runs / "dapo", **common, algorithm=algorithm))
-    in_reward = {"name": "kl_in_reward", "kl_coef": 0.1, "kl_in": "reward", "overlong_filter": True}
+    in_reward = {"name": "kl_in_reward", "kl_coef": 0.1, "kl_in": "reward"}
     _run(first, grpo.run, config(model, runs / "kl_in_reward", **common, algorithm=in_reward))
     pairs = {"name_or_path": str(runs / "pairs.jsonl"), "batch_size": 8, "heldout_rows": 4}
     _run(first, dpo.run, config(model, runs / "dpo", **{**common, "num_steps": 8}, data=pairs))
@@ -78,8 +79,12 @@ def on_ranks(model: Path, stranger: Path, runs: Path) -> dict[str, Any]:
     for run_name, path, steps in (("adapter_teacher", teacher, 12), ("model_teacher", model, 1)):
         options = {**common, "num_steps": steps, "rollout__group_size": 8, "distill__teacher": str(path)}
         _run(first, distill.run, config(model, runs / run_name, **options))
-    seen["stranger"] = _refusal(first, config(model, runs / "no", **common, distill__teacher=str(stranger)))
-    seen["no_teacher"] = _refusal(first, config(model, runs / "no", **common))
+    cut = config(model, runs / "cut", **common, algorithm={"name": "filter", "overlong_filter": True})
+    seen["all_cut"] = _refusal(lambda: _run(first, grpo.run, cut))
+    first.trainer.remove_adapter(POLICY)
+    other = config(model, runs / "no", **common, distill__teacher=str(stranger))
+    seen["stranger"] = _refusal(lambda: distill.teacher_of(other, first))
+    seen["no_teacher"] = _refusal(lambda: distill.teacher_of(base, first))
     two = [{"name": name}, {"name": name, "args": {"variant": "b"}}]
     options = {"num_samples": 4, "num_problems": 3, "adapter": str(teacher), "environments": two}
     evaluated = config(model, runs / "evaluation", **common, evaluation=options)
@@ -97,9 +102,9 @@ def _run(rt: SamplingRuntime, recipe: Any, cfg: RunConfig) -> None:
         rt.trainer.remove_adapter(name)
 
 
-def _refusal(rt: SamplingRuntime, cfg: RunConfig) -> str:
+def _refusal(call: Callable[[], object]) -> str:
     try:
-        distill.teacher_of(cfg, rt)
+        call()
     except FrameworkError as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"

@@ -78,7 +78,7 @@ def peft_losses(cfg: RunConfig) -> list[float]:
         torch.nn.utils.clip_grad_norm_(parameters.values(), opt.max_grad_norm)
         adamw.step()
         adamw.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tests.recipes.methods_scenario:on_ranks",
         folder / "out",
         nproc=2,
-        timeout_s=300,
+        timeout_s=240,
         model=model,
         stranger=stranger,
         runs=folder,
@@ -82,6 +82,12 @@ def test_the_student_comes_nearer_to_an_adapter(runs: dict[str, Any]) -> None:
 def test_a_teacher_that_is_the_base_model_has_nothing_to_teach(runs: dict[str, Any]) -> None:
     (step,) = steps_of(runs["folder"] / "model_teacher")
     assert abs(step["policy/reverse_kl"]) < 1e-5
+
+
+def test_a_step_without_a_token_to_train_on_is_refused(runs: dict[str, Any]) -> None:
+    for rank in runs["ranks"]:
+        assert rank["all_cut"].startswith("ConfigError: step 1: every rollout was cut")
+        assert "sampling.max_tokens" in rank["all_cut"]
 
 
 def test_teachers_that_cannot_be_are_refused(runs: dict[str, Any]) -> None:

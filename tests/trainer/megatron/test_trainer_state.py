@@ -28,6 +28,7 @@ from tests.trainer.megatron.scenario import (
     partial_gradient,
     policy_loss,
 )
+from tests.trainer.megatron.test_logprobs import LargestTensor
 from tests.trainer.reference import make_datums, make_factors, relative_difference
 
 SPEC = LoraSpec(rank=4, alpha=10.0)
@@ -253,6 +254,20 @@ def test_an_import_that_does_not_fit_changes_nothing(trainer: MegatronTrainer, c
     with pytest.raises(AdapterError, match=message):
         trainer.import_adapter("a", tensors)
     assert snapshot(trainer) == before
+
+
+def test_only_scored_positions_reach_the_vocabulary(trainer: MegatronTrainer) -> None:
+    """Of 400 tokens 5 are scored: no operation, forward or backward, makes logits of more than those."""
+    datum = Datum(
+        token_ids=tuple(range(401)), loss_mask=(False,) * 396 + (True,) * 5, fields={"advantages": (1.0,) * 401}
+    )
+    batch = make_batch([datum], trainer, max_tokens=400)
+    with LargestTensor(VOCAB_SIZE) as seen:
+        trainer.forward_backward("a", batch, policy_loss)
+    assert seen.elements == VOCAB_SIZE * 5
+    with LargestTensor(VOCAB_SIZE) as seen:
+        trainer.logits("a", batch.microbatches[0].input_ids)
+    assert seen.elements == VOCAB_SIZE * 400, "whole logits would have been seen"
 
 
 def test_names_are_checked(trainer: MegatronTrainer, datums: list[Datum]) -> None:

@@ -20,7 +20,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def machine() -> dict[str, Any]:
     """The processor, its cores, the memory, and how busy the machine is with other work."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     return {
         "cpu": model,
@@ -38,7 +40,12 @@ def in_process(command: Sequence[str], job: Mapping[str, Any]) -> Any:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         job_file.write_text(json.dumps({**job, "scratch": folder}))
         done = subprocess.run(
-            [*command, str(job_file), str(result_file)], cwd=ROOT, env=environment, capture_output=True, text=True
+            [*command, str(job_file), str(result_file)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed with code {done.returncode}:\n{done.stderr[-4000:]}")

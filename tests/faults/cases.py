@@ -22,8 +22,8 @@ class Case:
     damage: str | None = None
     """File of the newest checkpoint in which one byte is changed (or ``-name``, removed) after a kill at step 5."""
     how: str = "restarts"
-    """``restarts``: the start fails, torchrun restarts it and it finishes. ``stops``: exit code 0 after a checkpoint, the
-    next start finishes it. ``refuses``: the next start names the file; without that folder it finishes."""
+    """``restarts``: the start fails, torchrun restarts it and it finishes. ``stops``: exit code 0 after a checkpoint,
+    the next start finishes it. ``refuses``: the next start names the file; without that folder it finishes."""
     continues_after: int = 2
     """The step of the checkpoint that is continued from; 0 is a new beginning."""
     timeout_s: float = 60.0

@@ -111,7 +111,7 @@ def device() -> Device:
 def mesh(device: Device) -> Iterator[Mesh]:
     """A mesh of this process alone; what it set for torchrun's sake is taken back, children must not see it."""
     before = dict(os.environ)
-    mesh = open_mesh(device, tensor_parallel_size=1, timeout_s=60.0)
+    mesh = open_mesh(device, tensor_parallel_size=1, timeout_s=300.0)
     for key in set(os.environ) - set(before):
         del os.environ[key]
     yield mesh

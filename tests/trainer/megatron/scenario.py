@@ -210,7 +210,7 @@ def replicated_factors(work: Workload, mesh: Mesh, device: Device, dtype: torch.
 def on_two_ranks(work: Workload) -> dict[str, Any]:
     """Everything that needs two ranks, in one launch."""
     device = open_device("cpu", local_rank=0)
-    mesh = open_mesh(device, tensor_parallel_size=2, timeout_s=60.0)
+    mesh = open_mesh(device, tensor_parallel_size=2, timeout_s=300.0)
     results: dict[str, Any] = {
         "tp2": parity(work, mesh, device, sequence_parallel=False),
         "tp2_sp": parity(work, mesh, device, sequence_parallel=True),
@@ -219,7 +219,7 @@ def on_two_ranks(work: Workload) -> dict[str, Any]:
         "replicated_fp32": replicated_factors(work, mesh, device, torch.float32),
     }
     parallel_state.destroy_model_parallel()
-    mesh = open_mesh(device, tensor_parallel_size=1, timeout_s=60.0)
+    mesh = open_mesh(device, tensor_parallel_size=1, timeout_s=300.0)
     results["invariances_dp2"] = invariances(work, mesh, device)
     return results
 

@@ -116,6 +116,12 @@ class Adapters:
             raise RequestError(f"model {adapter_id!r} was removed", status=404)
         return adapter
 
+    def spec(self, adapter_id: str) -> LoraSpec:
+        """Its shape, also after it was removed: its versions may still be sampled."""
+        row = self.store.one("SELECT spec FROM adapters WHERE adapter_id=?", adapter_id)
+        assert row is not None, "adapters' rows outlive their versions"
+        return spec_from_json(row["spec"])
+
     def saved(self, adapter: Adapter, folder: str) -> None:
         """A snapshot up to ``executed_seq`` is complete: requests until then need not be repeated."""
         old = adapter.snapshot

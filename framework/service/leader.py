@@ -92,9 +92,9 @@ class Leader:
             actions: list[Action] = [Abort(engine_ids=tuple(self.board.aborts))] if self.board.aborts else []
             self.board.aborts.clear()
             decision = self.board.scheduler.next_decision(now, resident=self._resident, blocked=self._blocked())
-            if decision.wants_slot is not None:
-                actions += self._load_version(decision.wants_slot)
             actions += self._submissions(decision.submit, now)
+            if decision.wants_slot is not None:
+                actions += self._load_version(decision.wants_slot, now)
             if decision.train is not None:
                 try:
                     actions += self._training(decision.train)
@@ -106,7 +106,7 @@ class Leader:
             actions += self._snapshots()
             self.board.flush()
             if actions or decision.step:
-                return Plan(actions=tuple(actions), step=decision.step or bool(decision.submit))
+                return Plan(actions=tuple(actions), step=decision.step or bool(self.board.parts))
             if not self._receive_blocking():
                 return Plan()
 
@@ -190,13 +190,17 @@ class Leader:
             self.board.draining = None
         return [UnloadVersion(key=victim)]
 
-    def _load_version(self, key: VersionKey) -> list[Action]:
+    def _load_version(self, key: VersionKey, now: float) -> list[Action]:
+        """Brings a version back and starts what waits for it, before anybody else can want the slot."""
         actions = self._free_engine_slot()
         if actions is None:
             return []
         self.board.engine_slots.touch(key)
-        spec = self.board.adapters.get(key[0]).spec
-        return [*actions, LoadVersion(key=key, spec=spec, folder=str(self.board.adapters.paths.version(key)))]
+        load = LoadVersion(
+            key=key, spec=self.board.adapters.spec(key[0]), folder=str(self.board.adapters.paths.version(key))
+        )
+        waiting, _ = self.board.scheduler.submissions(now, self._resident)
+        return [*actions, load, *self._submissions(waiting, now)]
 
     def _submissions(self, parts: tuple[Part, ...], now: float) -> list[Action]:
         actions: list[Action] = []
@@ -235,7 +239,8 @@ class Leader:
         actions: list[Action] = []
         if run.publish_as is not None:
             freed = self._free_engine_slot()
-            assert freed is not None, "heads that push are blocked while no slot can be freed"
+            if freed is None:  # samples of this very turn took the last one
+                return []
             actions += freed
             self.board.engine_slots.touch(run.publish_as)
         actions += self._bring(adapter, fresh=isinstance(op, CreateAdapter))

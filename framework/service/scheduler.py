@@ -147,7 +147,7 @@ class Scheduler:
             resident: whether a version can be sampled at once.
             blocked: adapters whose head cannot run yet (its version waits for an engine slot).
         """
-        submit, wants_slot = self._submissions(now, resident)
+        submit, wants_slot = self.submissions(now, resident)
         heads = [queue for queue in self.queues.values() if queue.ready and queue.adapter_id not in blocked]
         head = min(heads, key=lambda q: (self.tenants[q.tenant].clock, q.last_run), default=None)
         sampling = {part.entry.tenant for part in submit} | {n for n, t in self.tenants.items() if t.in_flight}
@@ -164,7 +164,7 @@ class Scheduler:
             wants_slot=wants_slot,
         )
 
-    def _submissions(
+    def submissions(
         self, now: float, resident: Callable[[VersionKey | None], bool]
     ) -> tuple[tuple[Part, ...], VersionKey | None]:
         """Completions to start, tenants by clock, each within its share of the engine."""

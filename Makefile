@@ -18,10 +18,10 @@ overrides = $(if $(MODEL),model.name_or_path=$(MODEL)) $(ARGS)
 # Before the ranks start, unless ARGS names another model.
 fetch_model = $(if $(named_in_args),:,$(BIN)/python -m framework.models.hub $(MODEL))
 
-.PHONY: help env grpo sft serve doctor test faults lint format lock clean
+.PHONY: help env grpo sft serve doctor test test-all faults lint format lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: NPROC=2 MODEL=name-or-folder ARGS='key=value ...' HARDWARE=cpu|gpu PYTHON=python3.12"
 
 env: ## the environment, in .venv
@@ -42,7 +42,10 @@ serve: env ## training and sampling as a service
 doctor: env ## what this machine can run, and what is missing
 	@$(BIN)/python launch/doctor.py $(ARGS)
 
-test: env ## all tests
+test: env ## the tests, two ranks included, without the slow ones
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: env ## every test
 	@$(BIN)/python -m pytest $(ARGS)
 
 faults: env ## every fault of docs/reliability.md, whose table it writes

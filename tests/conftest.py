@@ -15,8 +15,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="run every case of tests/faults/ (make faults)")
 
 
+SLOW = (
+    "tests/benchmarks",
+    "tests/faults",
+    "tests/launch",
+    "tests/recipes/test_distill_dpo_evaluate.py",
+    "tests/recipes/test_sft.py",
+    "tests/service",
+    "tests/test_client.py",
+    "tests/test_progress.py",
+)
+"""Files and folders whose tests start many processes; ``make test-all`` runs them, ``make test`` does not."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Adds the skip, with its reason, to the tests that need what this machine lacks."""
+    """Marks what is slow; adds the skip, with its reason, to the tests that need what this machine lacks."""
+    root = Path(__file__).parents[1]
+    for item in items:
+        if any(item.path.is_relative_to(root / slow) for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.accelerator.is_available():
         return
     for item in items:

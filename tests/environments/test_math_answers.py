@@ -12,7 +12,7 @@ from framework.environments.math_answers import MathVerify
 
 @pytest.fixture(scope="module")
 def verify() -> MathVerify:
-    return MathVerify(num_processes=1, timeout_s=20.0)
+    return MathVerify(num_processes=1, timeout_s=60.0)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_an_answer_that_would_run_for_ever_earns_nothing_and_the_next_is_judged(
     assert verify("\\boxed{1}", answer="1") == 1.0
     started = time.monotonic()
     assert verify("\\boxed{9^{9^{9^{9}}}}", answer="1") == 0.0
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert verify("\\boxed{2}", answer="2") == 1.0
 
 

@@ -37,7 +37,7 @@ def test_regex_match(said: str, pattern: str, reward: float) -> None:
 def test_a_pattern_that_backtracks_for_ever_does_not_match() -> None:
     started = time.monotonic()
     assert regex_match("a" * 60 + "!", pattern=r"(a|aa)+$") == 0.0
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}

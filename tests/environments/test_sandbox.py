@@ -110,20 +110,27 @@ def test_no_process_outside_can_be_seen_or_signalled() -> None:
     assert result.stdout == "No such process\n0\n"
 
 
+def sleepers() -> list[str]:
+    """Processes of this machine with the marker of the next test on their command line."""
+    listed = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if "sandboxed-sleeper" in line]
+
+
 @needs_namespaces
 def test_time_is_limited_and_nothing_is_left_running() -> None:
     started = time.monotonic()
     source = "import os, time\nfor _ in range(3): os.fork()\nprint('sandboxed-sleeper', flush=True)\ntime.sleep(60)"
-    result = inside(source, limits=SandboxLimits(wall_s=1.5))
+    result = inside(source, limits=SandboxLimits(wall_s=5.0))
     assert (result.timed_out, result.stdout.count("sandboxed-sleeper")) == (True, 8)
-    assert time.monotonic() - started < 10
-    time.sleep(0.2)
-    assert "sandboxed-sleeper" not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - started < 40  # the program sleeps for 60
+    while sleepers() and time.monotonic() - started < 50:
+        time.sleep(0.1)
+    assert sleepers() == []
 
 
 @needs_namespaces
 def test_processor_time_is_limited() -> None:
-    result = inside("while True: pass", limits=SandboxLimits(cpu_s=1, wall_s=20))
+    result = inside("while True: pass", limits=SandboxLimits(cpu_s=1, wall_s=120))
     assert (result.status, result.timed_out) in ((128 + 9, False), (128 + 24, False))
 
 
@@ -145,14 +152,14 @@ def test_the_number_of_processes_is_limited() -> None:
         "        n += 1\n"
         "except BlockingIOError: print(n)\n"
     )
-    assert 1 <= int(inside(source, limits=SandboxLimits(num_processes=8, wall_s=5)).stdout) <= 8
+    assert 1 <= int(inside(source, limits=SandboxLimits(num_processes=8, wall_s=30)).stdout) <= 8
 
 
 @needs_namespaces
 def test_output_is_cut_and_a_flood_is_ended() -> None:
     result = inside("print('x' * 100_000)", limits=SandboxLimits(output_bytes=1000))
     assert (result.status, result.stdout) == (0, "x" * 1000)
-    flood = inside("while True: print('x' * 10_000)", limits=SandboxLimits(tmp_mib=1, cpu_s=9, wall_s=20))
+    flood = inside("while True: print('x' * 10_000)", limits=SandboxLimits(tmp_mib=1, cpu_s=30, wall_s=120))
     assert (flood.timed_out, len(flood.stdout)) == (False, 65_536)
     assert flood.status != 0
 

@@ -221,7 +221,8 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
         leader.inbox.put(Stop())
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to be interrupted
+            signal.signal(number, stop)
     http.start()
     log.info("serving", extra={"url": f"http://{config.host}:{http.port}", "data_dir": config.data_dir})
     try:

@@ -145,6 +145,7 @@ def main() -> None:
             runs.append(read(algorithm, seed, folder))
     options = [f"--{name} {getattr(args, name)}" for name in ("steps", "every")]
     options += [f"--{name} {' '.join(map(str, getattr(args, name)))}" for name in ("algorithms", "seeds")]
+    options += ["--", *args.overrides] if args.overrides else []
     text = section(runs, f"python benchmarks/study_algorithms.py {' '.join(options)}")
     page = args.page.read_text()
     if not MARKERS.search(page):

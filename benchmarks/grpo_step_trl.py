@@ -71,7 +71,7 @@ def main() -> None:
     config = GRPOConfig(
         output_dir=job["scratch"],
         use_cpu=True,
-        bf16=job["autocast"],
+        bf16=False,
         model_init_kwargs={"dtype": "bfloat16"},
         per_device_train_batch_size=job["microbatch"],
         gradient_accumulation_steps=job["completions"] // job["microbatch"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Device:
     """Whether torch has a variable-length attention kernel for it."""
     compiles_kernels: bool
     """Whether Triton compiles for it."""
+    kv_block_tokens: int | None
+    """Tokens of one block of the engine's KV cache, and so the grain in which prompts share it; None is the engine's."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -62,6 +65,7 @@ def open_device(kind: str, *, local_rank: int) -> Device:
 
 
 def _cpu() -> Device:
+    _keep_freed_memory()
     return Device(
         kind="cpu",
         torch_device=torch.device("cpu"),
@@ -72,8 +76,17 @@ def _cpu() -> Device:
         reset_peak_memory=lambda: None,
         varlen_attention=False,
         compiles_kernels=False,
+        kv_block_tokens=32,  # the smallest its kernels take; vLLM's 128 is longer than most prompts, so none would share
         shares_weights=False,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc's malloc keep what tensors give back: from the kernel, every page would come with a fault again."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that glibc takes
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _cuda(local_rank: int) -> Device:
@@ -89,5 +102,6 @@ def _cuda(local_rank: int) -> Device:
         reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
         varlen_attention=True,
         compiles_kernels=True,
+        kv_block_tokens=None,
         shares_weights=True,
     )

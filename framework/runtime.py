@@ -98,16 +98,7 @@ def open_training(cfg: RunConfig) -> Runtime:
 def open_sampling(cfg: RunConfig) -> SamplingRuntime:
     """A runtime with both sides. The engine starts first: on a GPU its weights become the trainer's."""
     base = open_base(cfg)
-    engine = open_engine(cfg, base)
-    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
-    trainer = open_trainer(cfg, base, weights)
-    sync = WeightSync(
-        trainer,
-        engine,
-        VersionCounter(),
-        synchronize=base.device.synchronize,
-        check_lockstep=base.mesh.check_lockstep,
-    )
+    engine, trainer, sync = open_pair(cfg, base)
     if cfg.parity.probe:
         probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
     settle()
@@ -125,6 +116,21 @@ def settle() -> None:
     """Takes what start-up made out of the garbage collector's rounds, which would cost a push tens of milliseconds."""
     gc.collect()
     gc.freeze()
+
+
+def open_pair(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, WeightSync]:
+    """Engine and trainer of the same model, and the way from one to the other."""
+    engine = open_engine(cfg, base)
+    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
+    trainer = open_trainer(cfg, base, weights)
+    sync = WeightSync(
+        trainer,
+        engine,
+        VersionCounter(),
+        synchronize=base.device.synchronize,
+        check_lockstep=base.mesh.check_lockstep,
+    )
+    return engine, trainer, sync
 
 
 def load_weights(base: Base) -> dict[str, torch.Tensor]:

@@ -10,6 +10,11 @@ import torch
 from tests import tiny_models
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all-faults``: every case of tests/faults/, not only the representative ones."""
+    parser.addoption("--all-faults", action="store_true", help="run every case of tests/faults/ (make faults)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Adds the skip, with its reason, to the tests that need what this machine lacks."""
     if torch.accelerator.is_available():

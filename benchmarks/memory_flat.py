@@ -2,8 +2,8 @@
 
     python benchmarks/memory_flat.py --steps 300 --adapters 50
 
-One rank, a tiny random model unless ``--model`` names another. Exit code 1 when memory after the last step is more than 3%
-above that after step 30.
+One rank, a tiny random model unless ``--model`` names another. Exit code 1 when memory after the last step is more
+than 3% above that after step 30.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python launch/doctor.py [--model NAME_OR_FOLDER]``: what this machine can run, and what to do about what it cannot."""
+"""``python launch/doctor.py [--model NAME]``: what this machine can run, and what to do about what it cannot."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ import torch
 from framework.algorithms.supervised import CrossEntropy
 from framework.batching import make_batch
 from framework.config import RunConfig, to_typed
-from framework.distributed import close_mesh
 from framework.doctor import TINY
 from framework.engine.base import RolloutEngine, SampleRequest, generate
 from framework.lora.spec import LoraSpec
@@ -106,7 +105,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     seen = measure(config(arguments.model), steps=arguments.steps, adapters=arguments.adapters)
-    close_mesh()
     print(json.dumps({name: round(value, 4) for name, value in seen.items()}))
     sys.exit(0 if max(seen["growth"], seen["adapters_growth"]) <= LIMIT else 1)
 

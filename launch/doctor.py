@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from framework.distributed import close_mesh
 from framework.doctor import TINY, examine
 
 
@@ -24,7 +23,6 @@ def main() -> None:
             f"{finding.level:8} {finding.what}" + (f"\n{'':8} -> {finding.advice}" if finding.advice else ""),
             flush=True,
         )
-    close_mesh()
     print(f"{levels.count('error')} errors, {levels.count('warning')} warnings")
     sys.exit(1 if "error" in levels else 0)
 

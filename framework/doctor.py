@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,8 +42,8 @@ class Finding:
     """What to do; empty when nothing needs doing."""
 
 
-def examine(model: str, *, run_dir: Path, port: int) -> list[Finding]:
-    """Every check, in the order of the report.
+def examine(model: str, *, run_dir: Path, port: int) -> Iterator[Finding]:
+    """Every check, in the order of the report, each when it is done.
 
     Args:
         model: hub name or folder for the probe.
@@ -61,7 +61,8 @@ def examine(model: str, *, run_dir: Path, port: int) -> list[Finding]:
         lambda: check_shared_memory(Path("/dev/shm")),
         lambda: check_pair(model),
     )
-    return [finding for check in checks for finding in check()]
+    for check in checks:
+        yield from check()
 
 
 def _lock(device: Device) -> Path:
@@ -128,7 +129,7 @@ def check_ports(ports: Sequence[int]) -> list[Finding]:
     return findings
 
 
-def check_allocator(environment: os._Environ[str] | dict[str, str], device: Device) -> list[Finding]:
+def check_allocator(environment: Mapping[str, str], device: Device) -> list[Finding]:
     """The setting that the engine's sleep mode does not work with."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         value = environment.get(name, "")

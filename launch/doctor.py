@@ -1,4 +1,4 @@
-"""``python launch/doctor.py``: what this machine can run, what is missing, and what to do about it."""
+"""``python launch/doctor.py [--model NAME]``: what this machine can run, and what to do about what it cannot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from framework.distributed import close_mesh
 from framework.doctor import TINY, examine
 
 
@@ -17,13 +16,15 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs will be written")
     parser.add_argument("--port", type=int, default=8000, help="of the service")
     arguments = parser.parse_args()
-    findings = examine(arguments.model, run_dir=arguments.run_dir, port=arguments.port)
-    for finding in findings:
-        print(f"{finding.level:8} {finding.what}" + (f"\n{'':8} -> {finding.advice}" if finding.advice else ""))
-    close_mesh()
-    errors = sum(finding.level == "error" for finding in findings)
-    print(f"{errors} errors, {sum(finding.level == 'warning' for finding in findings)} warnings")
-    sys.exit(1 if errors else 0)
+    levels = []
+    for finding in examine(arguments.model, run_dir=arguments.run_dir, port=arguments.port):
+        levels.append(finding.level)
+        print(
+            f"{finding.level:8} {finding.what}" + (f"\n{'':8} -> {finding.advice}" if finding.advice else ""),
+            flush=True,
+        )
+    print(f"{levels.count('error')} errors, {levels.count('warning')} warnings")
+    sys.exit(1 if "error" in levels else 0)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Case:
     damage: str | None = None
     """File of the newest checkpoint in which one byte is changed (or ``-name``, removed) after a kill at step 5."""
     how: str = "restarts"
-    """``restarts``: the start fails, torchrun restarts it and it finishes. ``stops``: exit code 0 after a checkpoint,
+    """``restarts``: the start fails, torchrun's restart finishes the run. ``stops``: exit code 0 after a checkpoint,
     the next start finishes it. ``refuses``: the next start names the file; without that folder it finishes."""
     continues_after: int = 2
     """The step of the checkpoint that is continued from; 0 is a new beginning."""
@@ -243,7 +243,12 @@ def damages() -> list[Case]:
         ),
         ("meta", "meta.json", "a byte of meta.json is changed", "meta.json is damaged"),
         ("config", "config.json", "a byte of config.json is changed", "config.json is damaged"),
-        ("manifest", "MANIFEST.json", "a byte of the manifest is changed", "MANIFEST.json is missing or damaged"),
+        (
+            "manifest",
+            "MANIFEST.json",
+            "a byte of the manifest is changed",
+            r"(MANIFEST\.json|rank_0000\d\.\w+) is missing",
+        ),
         ("missing", "-rank_00001.safetensors", "rank 1's tensors are missing", "rank_00001.safetensors is missing"),
     ]
     return [

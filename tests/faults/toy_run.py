@@ -29,7 +29,7 @@ from framework.distributed import Mesh, close_mesh, open_mesh
 from framework.engine.base import SampleRequest, StepOutput
 from framework.environments.base import StepResult
 from framework.errors import FrameworkError
-from framework.lora.spec import LoraSpec
+from framework.lora.spec import TARGETS, LoraSpec
 from framework.models.hub import ResolvedModel
 from framework.probe import probe_delivery
 from framework.runtime import Base, SamplingRuntime, open_records
@@ -38,7 +38,7 @@ from framework.types import AdapterRef, Completion, Prompt
 from framework.weight_sync import VersionCounter, WeightSync
 from recipes import grpo
 from tests.faults.actions import ACTIONS
-from tests.service.toy import VOCAB, AsciiTokenizer, ToyEngine, ToyTrainer, _log_softmax
+from tests.service.toy import VOCAB, AsciiTokenizer, ToyEngine, ToyTrainer, _log_softmax, module
 
 T = TypeVar("T")
 
@@ -133,6 +133,12 @@ class Engine(ToyEngine):
         self.history.append({path: LoraShard(a=s.a.clone(), b=s.b.clone()) for path, s in self.slots[ref].items()})
         if ref.name == "policy":
             self.injector.reach("push", int(self.injector.trainer.loaded["policy"].tensors["step"]))
+
+    def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
+        """Every projection of the model, zero where nothing was loaded, as the real engine answers."""
+        rank = next(iter(self.slots[ref].values())).a.shape[0]
+        empty = LoraShard(a=torch.zeros(rank, VOCAB), b=torch.zeros(VOCAB, rank))
+        return {**{module(target): empty for target in TARGETS}, **self.slots[ref]}
 
     def step(self) -> StepOutput:
         for request_id in self.flights:

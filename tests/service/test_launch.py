@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from tests.service.server import Running
 from tests.service.toy import VOCAB
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
-tinker = pytest.importorskip("tinker")
+tinker = importlib.import_module("tinker")  # after the environment, which it reads at import
 types = tinker.types
 TEXT = [ord(c) for c in "hello world, hello world"]
 KEY = "tml-a-test-key"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
+from tinker.proto import tinker_public_pb2
 
 from framework.service import wire
 from framework.service.ops import RequestError
@@ -48,10 +49,9 @@ def shape_of(file: descriptor_pb2.FileDescriptorProto) -> dict[str, tuple[Any, .
 
 
 def test_every_field_has_the_number_and_type_of_the_sdks() -> None:
-    theirs = pytest.importorskip("tinker.proto.tinker_public_pb2")
     mine, other = descriptor_pb2.FileDescriptorProto(), descriptor_pb2.FileDescriptorProto()
     MESSAGES["Tensor"].DESCRIPTOR.file.CopyToProto(mine)
-    theirs.DESCRIPTOR.CopyToProto(other)
+    tinker_public_pb2.DESCRIPTOR.CopyToProto(other)
     known, wanted = shape_of(mine), shape_of(other)
     assert len(known) > 50
     assert {name: wanted[name] for name in known} == known

@@ -1,8 +1,9 @@
 """How long does a GRPO step take, and where does it go? This project and TRL's GRPOTrainer with PEFT, in turns.
 
-A step is 64 completions of exactly 48 tokens from 8 prompts, one AdamW update of LoRA r=16 on all linears, bf16, and the
-new adapter ready to sample from. Both sides sample with their own engine (TRL: transformers' generate, because its
-colocated vLLM does not start on a CPU). They run one after the other, several times; each process's first step is dropped.
+A step is 64 completions of exactly 48 tokens from 8 prompts, one AdamW update of LoRA r=16 on all linears, bf16, and
+the new adapter ready to sample from. Both sides sample with their own engine (TRL: transformers' generate, because its
+colocated vLLM does not start on a CPU). They run one after the other, several times; each process's first step is
+dropped.
 
     bash benchmarks/env_trl.sh && .venv/bin/python -m benchmarks.grpo_step
 """

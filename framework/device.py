@@ -36,7 +36,7 @@ class Device:
     compiles_kernels: bool
     """Whether Triton compiles for it."""
     kv_block_tokens: int | None
-    """Tokens of one block of the engine's KV cache, and so the grain in which prompts share it; None is the engine's."""
+    """Tokens of a block of the engine's KV cache, the grain in which prompts share it; None is the engine's."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -76,7 +76,7 @@ def _cpu() -> Device:
         reset_peak_memory=lambda: None,
         varlen_attention=False,
         compiles_kernels=False,
-        kv_block_tokens=32,  # the smallest its kernels take; vLLM's 128 is longer than most prompts, so none would share
+        kv_block_tokens=32,  # the smallest CPU kernels take; vLLM's 128 is beyond most prompts, and none would share
         shares_weights=False,
     )
 

@@ -87,9 +87,7 @@ class BareSlots:
 def engine_of_slots(slots: BareSlots, device: Device) -> VllmEngine:
     """The engine's own push code over bare slots."""
     engine = VllmEngine.__new__(VllmEngine)
-    vars(engine).update(
-        _slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _places_of={}, _read_of={}
-    )
+    vars(engine).update(_slots=slots, _device=device, _slot_of={}, _rank_of={}, _in_flight={}, _plan_of={}, _read_of={})
     return engine
 
 

@@ -8,11 +8,13 @@ B per group, in the same precision and order as the trainer. It can go when vLLM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
@@ -24,14 +26,16 @@ class GroupedLora(PunicaWrapperCPU):
         self._groups: tuple[tuple[int, Tensor | None], ...] = ()
         self._fused: dict[int, Tensor] = {}
 
-    def fuse(self, layer: Any) -> None:
-        """Puts the A of a fused layer's slices side by side, so that one product serves all of them."""
-        stacked: tuple[Tensor, ...] = layer.lora_a_stacked
-        slots, _, rank, width = stacked[0].shape
-        whole = torch.zeros(slots, rank * len(stacked), width, dtype=stacked[0].dtype)
-        views = tuple(whole[:, i * rank : (i + 1) * rank].unsqueeze(1) for i in range(len(stacked)))
-        layer.lora_a_stacked = views
-        self._fused[views[0].data_ptr()] = whole
+    def adopt(self, layer: Any, whole: Tensor, factors_b: tuple[Tensor, ...]) -> None:
+        """Makes a layer read its factors from here: the A of its slices side by side, so that one product serves all.
+
+        Args:
+            whole: ``[slots, slices * max_rank, in_local]``.
+            factors_b: per slice ``[slots, 1, out_i, max_rank]``.
+        """
+        layer.lora_a_stacked = tuple(part.unsqueeze(1) for part in whole.chunk(len(factors_b), dim=1))
+        layer.lora_b_stacked = factors_b
+        self._fused[layer.lora_a_stacked[0].data_ptr()] = whole
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **unused: Any
@@ -85,6 +89,34 @@ def install(manager: Any) -> None:
     (key,) = manager.punica_wrapper_mapping
     grouped = GroupedLora(manager.max_num_batched_tokens, manager.max_num_seqs)
     manager.punica_wrapper_mapping[key] = grouped
-    for layer in manager.modules.values():
+    layers = list(manager.modules.values())
+    for layer in layers:
         layer.set_mapping(grouped)
-        grouped.fuse(layer)
+    for layer, (whole, factors_b) in zip(layers, lay_out(layers), strict=True):
+        grouped.adopt(layer, whole, factors_b)
+
+
+def lay_out(layers: Sequence[Any]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """A and B of every layer as views of one zeroed memory, in which a slot is one piece in the trainer's order.
+
+    That order is framework/trainer/megatron/adapter.py's: A before B, of each the row-parallel layers first. A push of
+    an adapter on all layers at the slots' rank is then one copy.
+
+    Returns:
+        Per layer ``[slots, slices * max_rank, in_local]`` and, per slice, ``[slots, 1, out_i, max_rank]``.
+    """
+    by_kind = sorted(range(len(layers)), key=lambda index: not isinstance(layers[index], RowParallelLinearWithLoRA))
+    shapes_a = [(sum(a.shape[2] for a in layer.lora_a_stacked), layer.lora_a_stacked[0].shape[3]) for layer in layers]
+    shapes_b = [[b.shape[1:] for b in layer.lora_b_stacked] for layer in layers]
+    first = layers[0].lora_a_stacked[0]
+    size = sum(rows * width for rows, width in shapes_a) + sum(s.numel() for shapes in shapes_b for s in shapes)
+    memory, offset = torch.zeros(first.shape[0], size, dtype=first.dtype), 0
+
+    def take(shape: Sequence[int]) -> Tensor:
+        nonlocal offset
+        start, offset = offset, offset + math.prod(shape)
+        return memory[:, start:offset].view(len(memory), *shape)
+
+    factors_a = {index: take(shapes_a[index]) for index in by_kind}
+    factors_b = {index: tuple(take(shape) for shape in shapes_b[index]) for index in by_kind}
+    return [(factors_a[index], factors_b[index]) for index in range(len(layers))]

@@ -13,6 +13,7 @@ from framework.device import Device
 from framework.distributed import Mesh
 from framework.engine.base import SampleRequest, StepOutput
 from framework.engine.vllm import internals
+from framework.engine.vllm.copies import CopyPlan, plan_copies
 from framework.errors import AdapterError, ConfigError, DeliveryError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
@@ -62,8 +63,8 @@ class VllmEngine:
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
-        # A push has no time to make a thousand views, so they are made once: by slot and rank, and modules.
-        self._places_of: dict[tuple[int, int, tuple[str, ...]], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        # A push has no time to make a thousand views, so the plan of a slot's last adapter is kept: by slot and rank.
+        self._plan_of: dict[tuple[int, int], CopyPlan] = {}
         self._read_of: dict[tuple[int, int], Mapping[str, LoraShard]] = {}
 
     @property
@@ -88,29 +89,20 @@ class VllmEngine:
     def load_adapter(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard]) -> None:
         """See :meth:`RolloutEngine.load_adapter`."""
         slot = self._free_slot(ref, spec)
-        rows = self._slots.rows(slot)
-        unknown = sorted(set(shards) - set(rows))
-        if unknown:
-            raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
-        sources = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
-        targets, stale = self._places(slot, spec.rank, tuple(shards))
-        if stale:
-            torch._foreach_zero_(stale)
-        torch._foreach_copy_(targets, sources)
+        plan = self._plan_of.get((slot, spec.rank))
+        if plan is None or plan.shards is not shards:
+            plan = self._plan_of[(slot, spec.rank)] = self._plan(ref, spec, shards, slot)
+        plan.run()
         self._slots.bind(slot, ref.version)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
 
-    def _places(self, slot: int, rank: int, paths: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where an adapter of these modules goes in a slot, and what of the slot must be zero beside it."""
-        key = (slot, rank, paths)
-        if key not in self._places_of:
-            rows = self._slots.rows(slot)
-            targets = [view for path in paths for view in (rows[path].a[:rank], rows[path].b[:, :rank])]
-            whole = [view for path in rows if path not in set(paths) for view in (rows[path].a, rows[path].b)]
-            cut = [view for path in paths for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
-            self._places_of[key] = targets, [view for view in whole + cut if view.numel()]
-        return self._places_of[key]
+    def _plan(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard], slot: int) -> CopyPlan:
+        rows = self._slots.rows(slot)
+        unknown = sorted(set(shards) - set(rows))
+        if unknown:
+            raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
+        return plan_copies(shards, spec.rank, rows)
 
     def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
         if ref.version in self._slot_of:

@@ -70,12 +70,14 @@ def _too_late(number: int, frame: FrameType | None) -> None:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """What a run left: every step without its times, the adapter's bytes, the checkpoints."""
+    """Steps without times and version (every push has a new one), the adapter, the checkpoints."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     adapter = run_dir / "adapter" / "adapter_model.safetensors"
     return {
         "steps": {
-            row["step"]: {k: v for k, v in row.items() if not k.startswith("time/") and k != "timestamp"}
+            row["step"]: {
+                k: v for k, v in row.items() if not k.startswith("time/") and k not in ("timestamp", "sync/version")
+            }
             for row in rows
             if "loss/total" in row
         },

@@ -153,11 +153,11 @@ def test_an_adapter_of_another_shape_names_the_keys(tmp_path: Path, model: Path)
     data = (f"data.name_or_path={tmp_path / 'rows.jsonl'}", "data.heldout_rows=4", "data.batch_size=4")
     code, _ = launch(tmp_path, f"model.name_or_path={model}", *data, "lora.rank=4", recipe="sft")
     assert code == 0
+    first = _losses(tmp_path)
     adapter = f"init_adapter={tmp_path / 'run' / 'adapter'}"
     code, output = launch(tmp_path, f"model.name_or_path={model}", *data, adapter, "lora.rank=8", recipe="sft")
     assert code != 0
     assert any("lora.rank=4 (here 8)" in line for line in errors(output))
-    first = _losses(tmp_path)
     code, _ = launch(tmp_path, f"model.name_or_path={model}", *data, adapter, "lora.rank=4", recipe="sft")
     assert code == 0
     assert _losses(tmp_path)[0] == pytest.approx(first[-1], rel=2e-2)  # it starts where the first run, in bf16, ended

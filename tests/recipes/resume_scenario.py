@@ -15,6 +15,8 @@ from framework.runtime import SamplingRuntime, open_sampling, open_training
 from recipes import grpo, sft
 from tests.recipes.scenario import config
 
+NOT_OF_THE_RUN = ("timestamp", "step", "sync/version")
+
 
 def run_once(recipe: str, model: Path, run_dir: Path, kill_after: int | None, **overrides: Any) -> str:
     """Runs the recipe in this process group. ``kill_after`` ends the process without warning after that step."""
@@ -46,10 +48,10 @@ def _die_after(step: int) -> None:
 
 
 def steps_of(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Every step's metrics without what is a matter of the clock."""
+    """Every step's metrics without what is a matter of the clock, and without the version: every push has a new one."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
-        row["step"]: {k: v for k, v in row.items() if not k.startswith("time/") and k not in ("timestamp", "step")}
+        row["step"]: {k: v for k, v in row.items() if not k.startswith("time/") and k not in NOT_OF_THE_RUN}
         for row in rows
         if "loss/total" in row
     }

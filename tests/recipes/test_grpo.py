@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from framework.models.tiny import make_tiny_model
 from tests.fakes import tiny_tokenizer
-from tests.ranks import run_ranks
+from tests.ranks import run_bounded, run_ranks
+from tests.recipes.stock_vllm import TOKENS
 
 CASES = (("qwen3", 2), ("llama", 2), ("qwen2", 1))
 
@@ -125,3 +128,14 @@ def test_the_exported_adapter_gives_peft_the_trainers_logits(run: dict[str, Any]
     assert (logits - without).abs().max() > 1e-3
     for rank in run["ranks"]:
         assert (rank["logits"] - logits).abs().max() <= 1e-4
+
+
+def test_the_exported_adapter_gives_stock_vllm_the_trainers_logprobs(run: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "logprobs.json"
+    command = [sys.executable, "-m", "tests.recipes.stock_vllm", str(run["model"]), str(run["run_dir"] / "adapter")]
+    code = run_bounded([*command, str(out)], tmp_path / "log.txt", timeout_s=180)
+    assert code == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    seen = {key: torch.tensor(values) for key, values in json.loads(out.read_text()).items()}
+    wanted = run["ranks"][0]["logits"].log_softmax(dim=-1)[:-1].gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+    assert (seen["adapter"] - wanted).abs().max() <= 1e-4
+    assert (seen["base"] - wanted).abs().max() > 1e-3

@@ -18,13 +18,14 @@ from hydra import compose, initialize_config_dir
 
 from framework.algorithms.base import LossInputs
 from framework.algorithms.catalog import algorithm_config, build_algorithm
-from framework.config import RunConfig, check_overrides, to_typed
+from framework.config import RunConfig, to_typed
 from framework.data.chat import Chat
 from framework.device import open_device
 from framework.engine.base import SampleRequest
 from framework.environments.catalog import EnvironmentConfig, build_problems
 from framework.lora.spec import LoraSpec
 from framework.models.tiny import make_tiny_model
+from framework.overrides import check_overrides, with_prefixes
 from framework.rollout import collect
 from framework.runtime import POLICY
 from framework.tracking import SilentTracker
@@ -86,6 +87,7 @@ def test_no_snippet_is_longer_than_promised() -> None:
 def test_every_command_line_of_the_docs_is_accepted(arguments: list[str]) -> None:
     groups = {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.glob("*/")}
     recipe = next(value for key, _, value in (a.partition("=") for a in arguments) if key == "+recipe")
+    arguments = with_prefixes(arguments, groups)
     check_overrides(arguments, groups, RECIPES[recipe].unused)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = to_typed(compose("config", overrides=arguments))

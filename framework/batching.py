@@ -245,23 +245,41 @@ def make_batch(
     keep_together: int = 1,
     global_sum: Callable[[float], float] = lambda value: value,
     version: AdapterRef | None = None,
+    max_lag: int = 0,
 ) -> Batch:
     """Shift, aggregate and pack this replica's datums.
 
     Args:
         datums: this replica's share; those without a trained token are left out of the microbatches' scored tokens.
-        version: the adapter version being trained; every datum must have been sampled by it. None does not check.
+        version: the adapter version being trained; every datum must have been sampled by it, content hash included.
+            None does not check.
+        max_lag: a datum may be of a version up to so many before it.
 
     See :func:`aggregate` and :func:`pack` for the rest.
 
     Raises:
-        StaleSampleError: a datum was sampled by another version.
+        StaleSampleError: a datum was sampled by another adapter, or by a version that is newer or too old.
     """
     if version is not None:
         for index, datum in enumerate(datums):
-            if datum.adapter != version:
-                raise StaleSampleError(f"datum {index} was sampled by {datum.adapter}, the trainer is at {version}")
+            if not may_train(datum.adapter, version, max_lag):
+                raise StaleSampleError(
+                    f"datum {index} was sampled by {_described(datum.adapter)}, the trainer is at "
+                    f"{_described(version)} and takes samples that are at most rollout.max_lag={max_lag} versions older"
+                )
     examples = aggregate([shift(datum) for datum in datums], aggregation, constant=constant, global_sum=global_sum)
     return pack(
         examples, max_tokens=max_tokens, multiple_of=multiple_of, temperature=temperature, keep_together=keep_together
     )
+
+
+def may_train(sampled_by: AdapterRef | None, version: AdapterRef, max_lag: int) -> bool:
+    """True for a sample of this very version, content hash included, or of one at most ``max_lag`` before it."""
+    if sampled_by is None or sampled_by.name != version.name:
+        return False
+    lag = version.version - sampled_by.version
+    return sampled_by == version if lag == 0 else 0 < lag <= max_lag
+
+
+def _described(ref: AdapterRef | None) -> str:
+    return "the base model" if ref is None else f"{ref} ({ref.content_hash})"

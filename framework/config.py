@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -65,6 +65,10 @@ class TrainerConfig:
     """Token budget of one forward and backward."""
     recompute: str = "none"
     """What the backward pass computes again instead of keeping: none, mlp or full."""
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("megatron", "hf"):
+            raise ConfigError(f"trainer.backend={self.backend!r}: must be 'megatron' or 'hf'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +160,28 @@ class RolloutConfig:
     """Limit of one environment call."""
     max_refills: int = 4
     """Rounds of dynamic sampling, for algorithms that use it."""
+    max_lag: int = 0
+    """Recipe grpo: how many versions old a sample may be when it is trained on. 0 is on-policy; with n a step's samples
+    are trained on in n + 1 parts, one optimizer step each, so that those of the last part are n versions old."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("prompts_per_step", 1), ("group_size", 1), ("max_turns", 1), ("max_lag", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"rollout.{key}={getattr(self, key)}: must be at least {least}")
+
+    def check_replicas(self, num_replicas: int) -> None:
+        """Refuses numbers that do not divide.
+
+        Raises:
+            ConfigError: prompts cannot be dealt out evenly to the replicas and the optimizer steps of a batch.
+        """
+        parts = num_replicas * (self.max_lag + 1)
+        if self.prompts_per_step % parts or (self.max_lag and self.group_size <= self.max_lag):
+            raise ConfigError(
+                f"rollout.prompts_per_step={self.prompts_per_step}, rollout.max_lag={self.max_lag}: the prompts of a "
+                f"step must be a multiple of {num_replicas} data-parallel replicas times {self.max_lag + 1} optimizer "
+                f"steps, and rollout.group_size={self.group_size} above rollout.max_lag"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,39 +338,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_overrides(
-    arguments: Sequence[str], groups: Mapping[str, Iterable[str]], unused_sections: Iterable[str] = ()
-) -> None:
-    """Refuses a misspelt or useless key or choice on the command line, before Hydra sees it.
-
-    Args:
-        arguments: e.g. ``["+recipe=grpo", "algorithm=gspo", "optimizer.learning_rate=1e-3"]``.
-        groups: folders of ``conf/``, which may be set without a dot, and the names of the files in each.
-        unused_sections: sections the chosen recipe does not read.
-
-    Raises:
-        ConfigError: naming the key or the choice, and the nearest one that exists.
-    """
-    defaults = schema()
-    known = set(flatten(defaults)) | set(defaults) | set(groups)
-    free = ("hydra.", "environment.args.", "environment.reward_args.")
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
-            continue
-        key, _, value = argument.partition("=")
-        key = key.lstrip("+~")
-        if key.startswith(free):
-            continue
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {argument!r}{_nearest(key, known)}")
-        if key.partition(".")[0] in set(unused_sections):
-            raise ConfigError(f"{argument!r}: this recipe does not use the section {key.partition('.')[0]!r}")
-        if key in groups and value not in groups[key]:
-            choices = sorted(groups[key])
-            raise ConfigError(f"unknown {key} in {argument!r}{_nearest(value, choices)}; one of {', '.join(choices)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message that names what was probably meant; empty if nothing is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -356,7 +351,7 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     hints = get_type_hints(kind)
     unknown = [key for key in values if key not in hints]
     if unknown:
-        raise ConfigError(f"unknown key {path + str(unknown[0])!r}{_nearest(str(unknown[0]), hints)}")
+        raise ConfigError(f"unknown key {path + str(unknown[0])!r}{nearest(str(unknown[0]), hints)}")
     return kind(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
 
 

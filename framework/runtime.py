@@ -160,13 +160,11 @@ def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -
             sequence_parallel=cfg.parallel.sequence_parallel,
             recompute=cfg.trainer.recompute,
         )
-    if cfg.trainer.backend == "hf":
-        from framework.trainer.hf.trainer import HfTrainer
+    from framework.trainer.hf.trainer import HfTrainer
 
-        if base.mesh.world_size > 1:
-            raise ConfigError(f"trainer.backend=hf runs in one process, torchrun started {base.mesh.world_size}")
-        return HfTrainer(base.model.path, device=base.device, dtype=base.dtype)
-    raise ConfigError(f"trainer.backend={cfg.trainer.backend!r}: must be 'megatron' or 'hf'")
+    if base.mesh.world_size > 1:
+        raise ConfigError(f"trainer.backend=hf runs in one process, torchrun started {base.mesh.world_size}")
+    return HfTrainer(base.model.path, device=base.device, dtype=base.dtype)
 
 
 def open_teacher(base: Base, name_or_path: str) -> Trainer:

@@ -9,8 +9,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from framework.config import check_overrides, schema, to_typed
+from framework.config import schema, to_typed
 from framework.errors import FrameworkError, end_with
+from framework.overrides import check_overrides, with_prefixes
 from recipes import RECIPES, choose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -29,8 +30,8 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.argv = ["resume=auto" if argument == "+resume=auto" else argument for argument in sys.argv]
         groups = {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.glob("*/")}
+        sys.argv[1:] = with_prefixes(sys.argv[1:], groups)
         recipe = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("+recipe=")), "grpo")
         unused = RECIPES[recipe].unused if recipe in RECIPES else ()
         check_overrides(sys.argv[1:], groups, unused)

@@ -1,16 +1,20 @@
 """GRPO and its relatives: sample groups, score them, make one policy-gradient step, push the adapter, again.
 
-One optimizer step per batch, so the samples are always on-policy and the engine's logprobs are the only ones needed.
-Value networks, replay and asynchronous sampling are left out. What differs between GRPO, Dr. GRPO, DAPO, RLOO and the
-others is in ``algorithm``; what is sampled is in ``environment``.
+One optimizer step per batch of samples unless ``rollout.max_lag`` says otherwise: the samples are then on-policy, and
+the engine's logprobs are the only ones needed. With ``rollout.max_lag=n`` a batch is trained on in n + 1 parts, one
+optimizer step and one version each; the last part's samples are n versions old, and ratios are against the trainer's
+logprobs from before the first. Value networks, replay and asynchronous sampling are left out. What differs between
+GRPO, Dr. GRPO, DAPO, RLOO and the others is in ``algorithm``; what is sampled is in ``environment``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 from framework.algorithms.algorithm import Algorithm
+from framework.algorithms.base import Metric
 from framework.algorithms.catalog import build_algorithm
 from framework.algorithms.datums import with_field
 from framework.batching import Batch, make_batch
@@ -26,11 +30,13 @@ from framework.progress import StopSignal, begin, end_step, finish, steady_mean
 from framework.rollout import CollectResult, collect, collect_filtered, sample_rows
 from framework.runtime import POLICY, SamplingRuntime
 from framework.timing import PhaseTimer
-from framework.types import AdapterRef, Datum, SamplingParams
+from framework.trainer.base import ForwardBackwardResult
+from framework.types import AdapterRef, Datum, RolloutGroup, SamplingParams
 
 
 def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    cfg.rollout.check_replicas(rt.mesh.dp_size)
     algorithm = build_algorithm(cfg.algorithm, max_tokens=cfg.sampling.max_tokens)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
@@ -46,25 +52,24 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             result = sample(cfg, rt, algorithm, problems, progress.order, ref, step)
         with timer.phase("verify"):
             rt.weight_sync.verify(ref)  # the samples came from the weights about to be updated
-        datums = algorithm.datums(result.groups)
-        check_trainable(rt, datums, step=step)
-        if algorithm.needs_ref_logprobs:
-            with timer.phase("reference"):
-                base_logprobs = rt.trainer.forward(None, batch_of(cfg, rt, algorithm, datums, ref)).logprobs
-            datums = with_field(datums, "ref_logprobs", base_logprobs)
-        advantages = algorithm.advantages(result.groups, datums, global_sum=lambda x: rt.mesh.global_sum([x])[0])
-        datums = with_field(datums, "advantages", advantages.values)
-        with timer.phase("forward_backward"):
-            loss = rt.trainer.forward_backward(POLICY, batch_of(cfg, rt, algorithm, datums, ref), algorithm.loss)
-        parity = measure_parity(datums, loss.result, rt.mesh)
-        check_parity(parity, cfg.parity, step=step)
+        datums, seen = make_datums(cfg, rt, algorithm, result.groups, ref, timer)
+        losses: list[ForwardBackwardResult] = []
         adam = cfg.optimizer.at(step, cfg.num_steps)
-        with timer.phase("optim"):
-            optim = rt.trainer.optim_step(POLICY, adam)
-        with timer.phase("push"):
-            ref = rt.weight_sync.push(POLICY)
-        metrics = reduce_metrics([result.metrics, advantages.metrics, loss.metrics], global_sum=rt.mesh.global_sum)
-        total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
+        for part in split(datums, cfg.rollout.max_lag + 1):
+            check_trainable(rt, part, step=step)
+            with timer.phase("forward_backward"):
+                batch = batch_of(cfg, rt, algorithm, part, ref)
+                losses.append(rt.trainer.forward_backward(POLICY, batch, algorithm.loss))
+            if len(losses) == 1:  # later parts meet other weights than those they were sampled from
+                parity = measure_parity(part, losses[0].result, rt.mesh)
+                check_parity(parity, cfg.parity, step=step)
+            with timer.phase("optim"):
+                optim = rt.trainer.optim_step(POLICY, adam)
+            with timer.phase("push"):
+                ref = rt.weight_sync.push(POLICY)
+        metrics = reduce_metrics([result.metrics, seen, *(x.metrics for x in losses)], global_sum=rt.mesh.global_sum)
+        mean_loss = sum(loss.loss for loss in losses) / len(losses)
+        total_loss, num_tokens = rt.mesh.global_sum([mean_loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
         metrics |= {"optim/grad_norm": optim.grad_norm, "optim/learning_rate": adam.learning_rate}
         metrics["sync/version"] = float(ref.version)
@@ -119,6 +124,33 @@ def sample(
     )
 
 
+def make_datums(
+    cfg: RunConfig,
+    rt: SamplingRuntime,
+    algorithm: Algorithm,
+    groups: Sequence[RolloutGroup],
+    ref: AdapterRef,
+    timer: PhaseTimer,
+) -> tuple[tuple[Datum, ...], Mapping[str, Metric]]:
+    """One datum per rollout with all that the loss reads: advantages, and logprobs of the base model and of the trainer
+    as it sampled, where they are used."""
+    datums = algorithm.datums(groups)
+    sources = {"ref_logprobs": None} if algorithm.needs_ref_logprobs else {}
+    sources |= {"proximal_logprobs": POLICY} if cfg.rollout.max_lag else {}
+    for name, adapter in sources.items():
+        with timer.phase("reference"):
+            logprobs = rt.trainer.forward(adapter, batch_of(cfg, rt, algorithm, datums, ref)).logprobs
+        datums = with_field(datums, name, logprobs)
+    advantages = algorithm.advantages(groups, datums, global_sum=lambda x: rt.mesh.global_sum([x])[0])
+    return with_field(datums, "advantages", advantages.values), advantages.metrics
+
+
+def split(datums: Sequence[Datum], count: int) -> tuple[tuple[Datum, ...], ...]:
+    """``count`` runs of neighbours, as even as can be."""
+    cuts = [len(datums) * i // count for i in range(count + 1)]
+    return tuple(tuple(datums[start:end]) for start, end in pairwise(cuts))
+
+
 def check_trainable(rt: SamplingRuntime, datums: Sequence[Datum], *, step: int) -> None:
     """Refuses a step without one token to train on, which would move the adapter by old momentum alone.
 
@@ -146,6 +178,7 @@ def batch_of(
         temperature=cfg.sampling.temperature,
         global_sum=lambda value: rt.mesh.global_sum([value])[0],
         version=ref,
+        max_lag=cfg.rollout.max_lag,
     )
 
 

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing", "watchdog"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
     ("rollout", "evaluation", "weight_sync", "probe", "checkpoint", "config"),
-    ("parity", "runtime"),
+    ("overrides", "parity", "runtime"),
     ("progress",),
     ("service", "client", "doctor"),
 )

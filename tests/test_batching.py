@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from framework.algorithms.base import Aggregation
-from framework.batching import Batch, Example, Microbatch, aggregate, pack, shift
-from framework.errors import ConfigError
-from framework.types import Datum
+from framework.batching import Batch, Example, Microbatch, aggregate, make_batch, may_train, pack, shift
+from framework.errors import ConfigError, StaleSampleError
+from framework.types import AdapterRef, Datum
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant", "sum")
 
@@ -188,3 +188,40 @@ def test_pack_refuses() -> None:
 def test_temperature_travels_with_the_batch() -> None:
     assert pack(lengths(".x"), max_tokens=8).temperature == 1.0
     assert pack(lengths(".x"), max_tokens=8, temperature=0.6).temperature == 0.6
+
+
+def ref(version: int, *, name: str = "policy", content_hash: str = "ab") -> AdapterRef:
+    return AdapterRef(name=name, version=version, content_hash=content_hash)
+
+
+@pytest.mark.parametrize(
+    ("sampled_by", "max_lag", "accepted"),
+    [
+        (ref(7), 0, True),
+        (ref(6), 0, False),
+        (ref(6), 1, True),
+        (ref(5), 1, False),
+        (ref(5), 2, True),
+        (ref(8), 2, False),  # sampled by what is yet to come
+        (ref(7, content_hash="cd"), 2, False),  # the same number, other weights
+        (ref(6, content_hash="cd"), 1, True),
+        (ref(7, name="other"), 2, False),
+        (None, 2, False),
+    ],
+)
+def test_a_sample_may_lag_so_far_and_no_further(sampled_by: AdapterRef | None, max_lag: int, accepted: bool) -> None:
+    assert may_train(sampled_by, ref(7), max_lag) is accepted
+
+
+def test_the_refusal_of_a_stale_sample_names_both_versions_with_their_hashes() -> None:
+    good = Datum(token_ids=(1, 2), loss_mask=(False, True), adapter=ref(6, content_hash="66"))
+    stale = Datum(token_ids=(1, 2), loss_mask=(False, True), adapter=ref(5, content_hash="55"))
+    options = {"aggregation": "token_mean", "max_tokens": 8, "version": ref(7, content_hash="77"), "max_lag": 1}
+    assert make_batch([good], **options).num_datums == 1  # type: ignore[arg-type]
+    message = (
+        r"datum 1 was sampled by policy@5 \(55\), the trainer is at policy@7 \(77\) .* rollout\.max_lag=1 versions"
+    )
+    with pytest.raises(StaleSampleError, match=message):
+        make_batch([good, stale], **options)  # type: ignore[arg-type]
+    with pytest.raises(StaleSampleError, match="datum 0 was sampled by the base model"):
+        make_batch([datum([1, 2], ".x")], **options)  # type: ignore[arg-type]

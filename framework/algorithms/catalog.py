@@ -30,6 +30,31 @@ def _choose(key: str, name: str, allowed: Mapping[str, object] | tuple[str, ...]
         raise ConfigError(f"algorithm.{key}={name} is unknown; {hint}one of {', '.join(allowed)}")
 
 
+ADVANTAGES: Mapping[str, advantages.RolloutEstimator] = {
+    "group_normalized": advantages.group_normalized,
+    "group_centered": advantages.group_centered,
+    "leave_one_out": advantages.leave_one_out,
+    "uncentered": advantages.uncentered,
+}
+
+LOSSES: Mapping[str, Callable[..., LossFn]] = {
+    "ppo_clip": losses.PPOClip,
+    "gspo": losses.GSPO,
+    "gspo_token": losses.GSPOToken,
+    "cispo": losses.CISPO,
+    "importance_sampling": losses.ImportanceSampling,
+    "reinforce": losses.Reinforce,
+}
+
+CORRECTIONS: Mapping[str, Callable[..., Correction]] = {
+    "truncated_importance": corrections.TruncatedImportance,
+    "icepop": corrections.IcePop,
+    "sequence_masked_importance": corrections.SequenceMaskedImportance,
+    "geometric_mask": corrections.GeometricMask,
+    "off_policy_mask": corrections.OffPolicyMask,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
     """The ``algorithm`` group of the configuration. The defaults are GRPO's."""
@@ -74,6 +99,13 @@ class AlgorithmConfig:
     """The penalty at the token limit."""
 
     def __post_init__(self) -> None:
+        for key, name, table in (
+            ("advantage", self.advantage, ADVANTAGES),
+            ("loss", self.loss, LOSSES),
+            ("correction", self.correction, CORRECTIONS),
+        ):
+            if name is not None and "." not in name:
+                _choose(key, name, table)
         _choose("aggregation", self.aggregation, get_args(Aggregation))
         _choose("kl_in", self.kl_in, ("loss", "reward"))
         _choose("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
@@ -83,30 +115,6 @@ class AlgorithmConfig:
             if getattr(self, key) < 0.0:
                 raise ConfigError(f"algorithm.{key}={getattr(self, key)}: must be at least 0")
 
-
-ADVANTAGES: Mapping[str, advantages.RolloutEstimator] = {
-    "group_normalized": advantages.group_normalized,
-    "group_centered": advantages.group_centered,
-    "leave_one_out": advantages.leave_one_out,
-    "uncentered": advantages.uncentered,
-}
-
-LOSSES: Mapping[str, Callable[..., LossFn]] = {
-    "ppo_clip": losses.PPOClip,
-    "gspo": losses.GSPO,
-    "gspo_token": losses.GSPOToken,
-    "cispo": losses.CISPO,
-    "importance_sampling": losses.ImportanceSampling,
-    "reinforce": losses.Reinforce,
-}
-
-CORRECTIONS: Mapping[str, Callable[..., Correction]] = {
-    "truncated_importance": corrections.TruncatedImportance,
-    "icepop": corrections.IcePop,
-    "sequence_masked_importance": corrections.SequenceMaskedImportance,
-    "geometric_mask": corrections.GeometricMask,
-    "off_policy_mask": corrections.OffPolicyMask,
-}
 
 ALGORITHMS: Mapping[str, AlgorithmConfig] = {
     config.name: config
@@ -138,7 +146,7 @@ ALGORITHMS: Mapping[str, AlgorithmConfig] = {
             kl_coef=0.001,
             kl_estimator="k2",
         ),
-        AlgorithmConfig(name="gspo", loss="gspo"),
+        AlgorithmConfig(name="gspo", loss="gspo", correction="truncated_importance"),
         AlgorithmConfig(name="cispo", loss="cispo", aggregation="token_mean"),
         AlgorithmConfig(
             name="ppo", advantage="uncentered", batch_normalize=True, dual_clip=3.0, aggregation="token_mean"
@@ -146,7 +154,9 @@ ALGORITHMS: Mapping[str, AlgorithmConfig] = {
     )
 }
 """Every algorithm, as it differs from the defaults. ``ppo`` is PPO's surrogate with dual clip on rewards normalised
-over the batch: there is no value network here."""
+over the batch: there is no value network here. ``gspo`` has a correction because its clip range of 3e-4 is narrower
+than the numerical difference between engine and trainer, and a ratio against the engine's logprobs would be clipped at
+random; with a correction the ratio is against the trainer's own logprobs, and the correction accounts for the rest."""
 
 
 def algorithm_config(name: str) -> AlgorithmConfig:

@@ -56,6 +56,13 @@ class EnvironmentConfig:
     reward_args: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the function, or the arguments of the class."""
 
+    def __post_init__(self) -> None:
+        if self.name not in ENVIRONMENTS and "." not in self.name:
+            raise ConfigError(
+                f"environment.name={self.name}: unknown{_nearest(self.name, ENVIRONMENTS)}; one of "
+                f"{', '.join(ENVIRONMENTS)}, or the dotted path of a builder"
+            )
+
 
 def build_problems(config: EnvironmentConfig, chat: Chat, *, split: str, seed: int) -> Problems:
     """The problems of one split, ``train`` or ``heldout``. Called on the leader, or on every rank alike.
@@ -138,13 +145,8 @@ def load(key: str, path: str) -> Any:
 def _builder(name: str) -> Builder:
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
-    if "." in name:
-        builder: Builder = load("environment.name", name)
-        return builder
-    raise ConfigError(
-        f"environment.name={name}: unknown{_nearest(name, ENVIRONMENTS)}; one of {', '.join(ENVIRONMENTS)}, "
-        "or the dotted path of a builder"
-    )
+    builder: Builder = load("environment.name", name)
+    return builder
 
 
 def _nearest(name: str, known: Any) -> str:

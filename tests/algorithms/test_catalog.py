@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from framework.algorithms.composition import ComposedLoss
 from framework.algorithms.corrections import IcePop
 from framework.algorithms.losses import CISPO, GSPO, ImportanceSampling, PPOClip
 from framework.errors import ConfigError
+from tests.algorithms.loss_cases import by_hand, value_and_gradient
 
 CONF = Path(__file__).parents[2] / "conf" / "algorithm"
 DEFAULTS = dataclasses.asdict(AlgorithmConfig())
@@ -97,9 +99,6 @@ def test_parts_of_the_users_own_by_dotted_path() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"loss": "gpso"}, r"algorithm\.loss=gpso is unknown; did you mean gspo\?"),
-        ({"advantage": "group_normalised"}, r"did you mean group_normalized\?"),
-        ({"correction": "ice_pop"}, r"algorithm\.correction=ice_pop is unknown; did you mean icepop\?"),
         ({"loss": "no_such.module"}, r"algorithm\.loss=no_such\.module: cannot import it"),
         (
             {"loss": "reinforce", "clip_low": 0.1},
@@ -121,6 +120,9 @@ def test_build_refuses(keys: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"loss": "gpso"}, r"algorithm\.loss=gpso is unknown; did you mean gspo\?"),
+        ({"advantage": "group_normalised"}, r"did you mean group_normalized\?"),
+        ({"correction": "ice_pop"}, r"algorithm\.correction=ice_pop is unknown; did you mean icepop\?"),
         ({"aggregation": "token-mean"}, r"algorithm\.aggregation=token-mean is unknown; did you mean token_mean\?"),
         ({"kl_in": "rewards"}, r"did you mean reward\?"),
         ({"kl_estimator": "k4"}, r"algorithm\.kl_estimator=k4 is unknown"),
@@ -131,6 +133,21 @@ def test_build_refuses(keys: dict[str, object], message: str) -> None:
 def test_config_refuses(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AlgorithmConfig(**keys)  # type: ignore[arg-type]
+
+
+def test_bf16_noise_between_engine_and_trainer_clips_nothing_of_gspo() -> None:
+    """Ratios 1% off either way, 30 times GSPO's clip range; on-policy every token keeps its gradient, k A."""
+    inputs = by_hand(
+        [[-1.0, -2.0], [-1.0, -2.0]],
+        sampling_logprobs=[[-1.01, -2.01], [-0.99, -1.99]],
+        advantages=[[1.0, 1.0], [-1.0, -1.0]],
+    )
+    loss = _loss(ALGORITHMS["gspo"])
+    _, gradient = value_and_gradient(loss, inputs)
+    k = math.exp(0.01)
+    assert gradient == pytest.approx([-k, -k, 1 / k, 1 / k])
+    _, uncorrected = value_and_gradient(loss.policy, inputs)
+    assert uncorrected == [0.0] * 4
 
 
 def test_an_unknown_name_names_the_nearest() -> None:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from framework.algorithms.composition import ComposedLoss, KLTerm
-from framework.algorithms.corrections import IcePop, OffPolicyMask, TruncatedImportance
+from framework.algorithms.corrections import (
+    Correction,
+    IcePop,
+    OffPolicyMask,
+    SequenceMaskedImportance,
+    TruncatedImportance,
+)
 from framework.algorithms.kl import k2, k3
 from framework.algorithms.losses import ImportanceSampling, PPOClip
 from tests.algorithms.loss_cases import assert_same_as, by_hand, peer, recorded_inputs, value_and_gradient
@@ -77,6 +83,22 @@ def test_truncated_importance_against_peers(package: str) -> None:
     loss = ComposedLoss(policy=PPO, correction=TruncatedImportance(high=1.3))
     inputs = recorded_inputs("token_mean", fields=("proximal_logprobs", "sampling_logprobs"))
     assert_same_as(peer(package)["loss/ppo_clip/truncated_importance"], loss, inputs)
+
+
+@pytest.mark.parametrize(
+    ("package", "case", "correction"),
+    [
+        ("trl", "icepop", IcePop(low=0.7, high=1.4)),
+        ("verl", "icepop", IcePop(low=0.7, high=1.4)),
+        ("openrlhf", "icepop", IcePop(low=0.7, high=1.4)),
+        ("trl", "sequence_masked_importance", SequenceMaskedImportance(low=0.5, high=1.6)),
+        ("verl", "sequence_masked_importance", SequenceMaskedImportance(low=0.5, high=1.6)),
+    ],
+)
+def test_masking_corrections_against_peers(package: str, case: str, correction: Correction) -> None:
+    """The corrected loss and its gradient; the multipliers alone are in test_corrections.py."""
+    inputs = recorded_inputs("token_mean", fields=("proximal_logprobs", "sampling_logprobs"))
+    assert_same_as(peer(package)[f"loss/ppo_clip/{case}"], ComposedLoss(policy=PPO, correction=correction), inputs)
 
 
 def test_off_policy_mask_against_trl() -> None:

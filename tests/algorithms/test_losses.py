@@ -155,6 +155,7 @@ GSPO_WIDE = GSPO(clip_low=0.1, clip_high=0.15)
         ("verl", "loss/cispo/token_mean", CISPO(clip_low=0.2, clip_high=0.28)),
         ("verl", "loss/dro/token_mean", DRO(beta=0.3)),
         ("verl", "loss/reinforce/token_mean", Reinforce()),
+        ("trl", "loss/reinforce/token_mean", Reinforce()),
     ],
 )
 def test_against_peers(package: str, case: str, loss: LossFn) -> None:

@@ -71,7 +71,6 @@ def test_a_builder_and_a_reward_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (EnvironmentConfig(name="aritmetic"), "environment.name=aritmetic: unknown, did you mean arithmetic"),
         (EnvironmentConfig(name="no.such"), r"environment\.name=no\.such: cannot import it"),
         (EnvironmentConfig(args={"sice": 3}), r"environment\.args\.sice: .* did you mean size"),
         (EnvironmentConfig(args={"seed": 3}), r"environment\.args\.seed: .*has no such argument"),
@@ -89,6 +88,11 @@ def test_a_builder_and_a_reward_of_ones_own() -> None:
 def test_what_cannot_be_built_names_the_key(config: EnvironmentConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+def test_an_unknown_name_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"environment\.name=aritmetic: unknown, did you mean arithmetic\?"):
+        EnvironmentConfig(name="aritmetic")
 
 
 def test_an_unknown_split_is_refused() -> None:

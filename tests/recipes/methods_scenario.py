@@ -73,6 +73,7 @@ def on_ranks(model: Path, stranger: Path, runs: Path) -> dict[str, Any]:
     _run(first, grpo.run, config(model, runs / "dapo", **common, algorithm=algorithm))
     in_reward = {"name": "kl_in_reward", "kl_coef": 0.1, "kl_in": "reward"}
     _run(first, grpo.run, config(model, runs / "kl_in_reward", **common, algorithm=in_reward))
+    seen["lag"] = lag(first, model, runs, common)
     pairs = {"name_or_path": str(runs / "pairs.jsonl"), "batch_size": 8, "heldout_rows": 4}
     _run(first, dpo.run, config(model, runs / "dpo", **{**common, "num_steps": 8}, data=pairs))
     teacher = _teacher(first, base, runs / "teacher")
@@ -93,6 +94,17 @@ def on_ranks(model: Path, stranger: Path, runs: Path) -> dict[str, Any]:
     greedy = {"num_problems": 4}
     _run(first, evaluate.run, config(model, runs / "greedy", **common, evaluation=greedy))
     return seen
+
+
+def lag(rt: SamplingRuntime, model: Path, runs: Path, common: dict[str, Any]) -> list[int]:
+    """Trains on samples one version old; returns the versions at the start and at the end.
+
+    The first problem of a step's two is in the first part, the second in the second.
+    """
+    lagged = {**common, "environment__name": "tests.recipes.scenario.even_problems", "rollout__max_lag": 1}
+    start = rt.weight_sync.versions.last
+    _run(rt, grpo.run, config(model, runs / "lag", **lagged, optimizer__learning_rate=2e-2))
+    return [start, rt.weight_sync.versions.last]
 
 
 def _run(rt: SamplingRuntime, recipe: Any, cfg: RunConfig) -> None:

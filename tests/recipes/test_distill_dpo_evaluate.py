@@ -62,6 +62,18 @@ def test_kl_in_the_reward_reaches_the_advantages_of_flat_groups(runs: dict[str, 
     assert all(step["time/reference_s"] > 0 for step in steps)
 
 
+def test_with_a_lag_every_step_makes_two_versions_and_the_ratio_moves(runs: dict[str, Any]) -> None:
+    steps = steps_of(runs["folder"] / "lag")
+    for rank in runs["ranks"]:
+        start, end = rank["lag"]
+        assert end - start == 1 + 2 * len(steps)  # one push before the first step, one per optimizer step
+    on_policy = steps_of(runs["folder"] / "dapo")
+    assert all(abs(step["loss/ratio"] - 1.0) < 1e-4 for step in on_policy)
+    assert all(step["parity/logprob_abs_diff_max"] < 1e-3 for step in (*steps, *on_policy))  # of the part without lag
+    assert all(abs(step["loss/ratio"] - 1.0) > 1e-3 for step in steps)
+    assert all(step["time/reference_s"] > 0.0 for step in steps)  # the logprobs before the first update
+
+
 def test_dpo_starts_at_log_two_and_learns_to_prefer(runs: dict[str, Any]) -> None:
     steps = steps_of(runs["folder"] / "dpo")
     assert steps[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)

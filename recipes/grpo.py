@@ -46,6 +46,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             result = sample(cfg, rt, algorithm, problems, progress.order, ref, step)
         with timer.phase("verify"):
             rt.weight_sync.verify(ref)  # the samples came from the weights about to be updated
+        with timer.phase("sleep"):
+            rt.sleep()
         datums = algorithm.datums(result.groups)
         check_trainable(rt, datums, step=step)
         if algorithm.needs_ref_logprobs:
@@ -63,6 +65,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             optim = rt.trainer.optim_step(POLICY, adam)
         with timer.phase("push"):
             ref = rt.weight_sync.push(POLICY)
+        with timer.phase("wake"):
+            rt.wake()
         metrics = reduce_metrics([result.metrics, advantages.metrics, loss.metrics], global_sum=rt.mesh.global_sum)
         total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}

@@ -6,7 +6,7 @@ import gc
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def load_weights(base: Base) -> dict[str, torch.Tensor]:
         )
 
 
-def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -> Trainer:
+def open_trainer(cfg: RunConfig, base: Base, weights: Mapping[str, torch.Tensor]) -> Trainer:
     """The configured training backend."""
     if cfg.trainer.backend == "megatron":
         from framework.trainer.megatron.trainer import MegatronTrainer

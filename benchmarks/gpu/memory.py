@@ -27,7 +27,7 @@ from framework.types import AdamParams, AdapterRef, Prompt, SamplingParams
 
 SCRATCH = Path("/dev/shm/tandem-bench")
 GIB = 2**30
-CYCLE_TOKENS = 2048
+CYCLE_TOKENS = 1024
 """Of the training step in each cycle but the first and the last, which are of the whole budget."""
 CYCLES_WARM = 3
 
@@ -53,7 +53,7 @@ def used(base: Base) -> float:
 
 def tokens(pair: Pair, ref: AdapterRef) -> list[tuple[int, ...]]:
     """Greedy completions of eight prompts."""
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     prompts = [Prompt(token_ids=tuple(range(9 * i, 9 * i + 40))) for i in range(8)]
     requests = [
         SampleRequest(request_id=str(i), prompt=prompt, sampling=sampling, adapter=ref)
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--cycles", type=int, default=200)
     parser.add_argument("--microbatch-tokens", type=int, default=16384)
-    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--recompute", default="full")
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--name", default="memory")
     args = parser.parse_args()

@@ -63,7 +63,8 @@ def one_step(trainer: Trainer, engine: RolloutEngine, sync: WeightSync, name: st
 
 def measure(cfg: RunConfig, *, steps: int, adapters: int) -> dict[str, float]:
     """MiB after :data:`WARM_STEPS`, after the last step, and around the adapters."""
-    engine, trainer, sync = open_pair(cfg, open_base(cfg))
+    pair = open_pair(cfg, open_base(cfg))
+    engine, trainer, sync = pair.engine, pair.trainer, pair.weight_sync
     spec = LoraSpec(rank=cfg.lora.rank)
     trainer.add_adapter("policy", spec, seed=0)
     seen: dict[str, float] = {}

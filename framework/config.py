@@ -83,12 +83,17 @@ class EngineConfig:
     """Tokens of one engine step."""
     max_adapters: int = 2
     """Adapter versions the engine can hold at once."""
-    kv_cache_gib: float | None = 0.5
-    """Size of the KV cache; null leaves it to gpu_memory_utilization."""
-    gpu_memory_utilization: float = 0.4
-    """Share of the device's memory for the engine, where kv_cache_gib is null."""
-    enforce_eager: bool = True
-    """Quick start without compilation or graph capture."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache; null is 0.5 in the host's memory, and on an accelerator what the trainer leaves of it: its
+    largest step is measured at the start."""
+    gpu_memory_utilization: float | None = None
+    """Share of an accelerator's memory for the engine, in place of what is measured; kv_cache_gib goes first."""
+    memory_reserve_gib: float = 3.0
+    """Of an accelerator's memory, not given to a measured KV cache: for the engine's graphs, fragments, libraries."""
+    sleep: bool | None = None
+    """Give the KV cache's memory to the trainer while it trains; null where a measured cache would else be smaller."""
+    enforce_eager: bool | None = None
+    """Quick start without compilation or graph capture; null captures graphs on an accelerator."""
     prefix_caching: bool = True
 
 

@@ -31,10 +31,20 @@ class Device:
     peak_memory_allocated: Callable[[], int]
     """Highest :attr:`memory_allocated` since :attr:`reset_peak_memory`."""
     reset_peak_memory: Callable[[], None]
+    memory_free: Callable[[], int]
+    """Bytes of device memory that nobody has taken, other processes included; 0 where it is the host's memory."""
+    memory_total: Callable[[], int]
+    """Bytes of device memory there are; 0 where it is the host's memory."""
+    release_cached: Callable[[], None]
+    """Gives back what torch keeps of freed tensors, so that :attr:`memory_free` counts it."""
     varlen_attention: bool
     """Whether torch has a variable-length attention kernel for it."""
     compiles_kernels: bool
     """Whether Triton compiles for it."""
+    captures_graphs: bool
+    """Whether the engine captures its decode steps as graphs where nothing else is configured."""
+    kv_cache_bytes: int | None
+    """Size of the engine's KV cache where nothing else is configured; None takes what the trainer leaves."""
     kv_block_tokens: int | None
     """Tokens of a block of the engine's KV cache, the grain in which prompts share it; None is the engine's."""
     shares_weights: bool
@@ -74,8 +84,13 @@ def _cpu() -> Device:
         memory_allocated=lambda: 0,
         peak_memory_allocated=lambda: 0,
         reset_peak_memory=lambda: None,
+        memory_free=lambda: 0,
+        memory_total=lambda: 0,
+        release_cached=lambda: None,
         varlen_attention=False,
         compiles_kernels=False,
+        captures_graphs=False,
+        kv_cache_bytes=2**29,
         kv_block_tokens=32,  # the smallest CPU kernels take; vLLM's 128 is beyond most prompts, and none would share
         shares_weights=False,
     )
@@ -100,8 +115,13 @@ def _cuda(local_rank: int) -> Device:
         memory_allocated=lambda: torch.cuda.memory_allocated(device),
         peak_memory_allocated=lambda: torch.cuda.max_memory_allocated(device),
         reset_peak_memory=lambda: torch.cuda.reset_peak_memory_stats(device),
+        memory_free=lambda: torch.cuda.mem_get_info(device)[0],
+        memory_total=lambda: torch.cuda.mem_get_info(device)[1],
+        release_cached=torch.cuda.empty_cache,
         varlen_attention=True,
         compiles_kernels=True,
+        captures_graphs=True,
+        kv_cache_bytes=None,
         kv_block_tokens=None,
         shares_weights=True,
     )

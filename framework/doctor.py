@@ -180,8 +180,10 @@ def check_pair(model: str) -> list[Finding]:
     )
     try:
         base = open_base(cfg)
-        engine, trainer, sync = open_pair(cfg, base)
-        result = probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
+        pair = open_pair(cfg, base)
+        result = probe_delivery(
+            pair.trainer, pair.engine, pair.weight_sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype
+        )
     except FrameworkError as error:
         return [Finding(level="error", what=f"{type(error).__name__}: {error}", advice="see the message; --model=...")]
     except Exception as error:  # noqa: BLE001 - whatever a backend says about this machine is the finding

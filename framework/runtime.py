@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from framework.config import RunConfig, flatten, plain
 from framework.data.chat import Chat
 from framework.device import DTYPES, Device, open_device
 from framework.distributed import Mesh, open_mesh
-from framework.engine.base import RolloutEngine
+from framework.engine.base import EngineProfile, RolloutEngine
 from framework.errors import ConfigError
+from framework.memory import CachePlan, Demand, check_start, kv_bytes_per_token, measure_trainer, plan_cache
 from framework.models.hub import ResolvedModel, default_cache_dir, resolve_model
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec, read_spec
@@ -67,6 +69,31 @@ class SamplingRuntime(Runtime):
 
     engine: RolloutEngine
     weight_sync: WeightSync
+    sleeps: bool
+    """The KV cache's memory is the trainer's while it trains."""
+
+    def sleep(self) -> None:
+        """Before training: the engine gives its cache up, if the two do not fit side by side."""
+        if self.sleeps:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        """Before sampling: the engine takes its cache again, empty."""
+        if self.sleeps:
+            self.engine.wake()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Engine and trainer of the same model, and the way from one to the other."""
+
+    engine: Any
+    trainer: Trainer
+    weight_sync: WeightSync
+    sleeps: bool
+    """The engine must sleep while the trainer works."""
+    plan: CachePlan | None
+    """How the memory was divided; None where the cache's size was configured."""
 
 
 def open_base(cfg: RunConfig) -> Base:
@@ -98,16 +125,23 @@ def open_training(cfg: RunConfig) -> Runtime:
 def open_sampling(cfg: RunConfig) -> SamplingRuntime:
     """A runtime with both sides. The engine starts first: on a GPU its weights become the trainer's."""
     base = open_base(cfg)
-    engine, trainer, sync = open_pair(cfg, base)
+    rollouts = cfg.rollout.prompts_per_step * cfg.rollout.group_size // base.mesh.dp_size
+    evaluated = cfg.evaluation.num_problems * cfg.evaluation.num_samples
+    pair = open_pair(cfg, base, num_sequences=max(rollouts, evaluated))
+    if pair.plan is not None and base.mesh.rank == 0:
+        print(f"memory, {pair.plan}", flush=True)
     if cfg.parity.probe:
-        probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
+        probe_delivery(
+            pair.trainer, pair.engine, pair.weight_sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype
+        )
     settle()
     return SamplingRuntime(
         base=base,
-        trainer=trainer,
+        trainer=pair.trainer,
         chat=open_chat(base),
-        engine=engine,
-        weight_sync=sync,
+        engine=pair.engine,
+        weight_sync=pair.weight_sync,
+        sleeps=pair.sleeps,
         **open_records(cfg, base),
     )
 
@@ -118,11 +152,24 @@ def settle() -> None:
     gc.freeze()
 
 
-def open_pair(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, WeightSync]:
-    """Engine and trainer of the same model, and the way from one to the other."""
-    engine = open_engine(cfg, base)
-    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
-    trainer = open_trainer(cfg, base, weights)
+def open_pair(cfg: RunConfig, base: Base, *, num_adapters: int = 1, num_sequences: int | None = None) -> Pair:
+    """Starts both sides. All ranks must call it.
+
+    Args:
+        num_adapters: whose state the trainer will hold at once.
+        num_sequences: as many as will be sampled at once; None for as many as the engine takes.
+
+    Raises:
+        ConfigError: the memory of an accelerator is too small for both; settings that would do are named.
+    """
+    plan = None
+    if cache_bytes(cfg, base) is None and cfg.engine.gpu_memory_utilization is None:
+        at_once = min(cfg.engine.max_num_seqs, num_sequences or cfg.engine.max_num_seqs)
+        engine, trainer, plan = _open_measured(cfg, base, num_adapters, at_once)
+    else:
+        engine = open_engine(cfg, base)
+        weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
+        trainer = open_trainer(cfg, base, weights)
     sync = WeightSync(
         trainer,
         engine,
@@ -130,7 +177,58 @@ def open_pair(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, Weigh
         synchronize=base.device.synchronize,
         check_lockstep=base.mesh.check_lockstep,
     )
-    return engine, trainer, sync
+    sleeps = plan.sleeps if plan is not None else bool(cfg.engine.sleep)
+    return Pair(engine=engine, trainer=trainer, weight_sync=sync, sleeps=sleeps, plan=plan)
+
+
+def cache_bytes(cfg: RunConfig, base: Base) -> int | None:
+    """Of the KV cache, as configured or as usual for the device; None leaves it to the engine's start."""
+    if cfg.engine.kv_cache_gib is not None:
+        return int(cfg.engine.kv_cache_gib * 2**30)
+    return base.device.kv_cache_bytes
+
+
+def _open_measured(cfg: RunConfig, base: Base, num_adapters: int, num_sequences: int) -> tuple[Any, Trainer, CachePlan]:
+    """The engine with a KV cache of what the trainer, made from the engine's weights meanwhile, leaves."""
+    context = min(cfg.engine.max_model_len, base.spec.max_position_embeddings)
+    demand = Demand(
+        microbatch_tokens=cfg.trainer.max_tokens_per_microbatch,
+        recompute=cfg.trainer.recompute,
+        num_adapters=num_adapters,
+        lora_rank=cfg.lora.rank,
+        context_tokens=context,
+        num_sequences=num_sequences,
+        bytes_per_token=kv_bytes_per_token(base.spec, tp_size=base.mesh.tp_size, dtype=base.dtype),
+        reserve_bytes=int(cfg.engine.memory_reserve_gib * 2**30),
+        sleep=cfg.engine.sleep,
+    )
+    made: list[tuple[Trainer, CachePlan]] = []
+
+    def free_everywhere() -> int:
+        base.device.synchronize()
+        base.device.release_cached()
+        return min(base.mesh.all_gather(base.device.memory_free()))
+
+    def size_cache(profile: EngineProfile) -> int:
+        trainer = open_trainer(cfg, base, profile.base_weights)
+        footprint = measure_trainer(
+            trainer,
+            base.device,
+            cfg.lora,
+            vocab_size=base.spec.vocab_size,
+            num_tokens=demand.microbatch_tokens,
+            max_length=min(context, demand.microbatch_tokens),
+        )
+        footprint = max(base.mesh.all_gather(footprint), key=lambda f: f.step_of(demand.microbatch_tokens))
+        activation = max(base.mesh.all_gather(profile.activation_bytes))
+        plan = plan_cache(demand, footprint, free_bytes=free_everywhere(), activation_bytes=activation)
+        made.append((trainer, plan))
+        return plan.cache_bytes
+
+    engine = open_engine(cfg, base, size_cache)
+    ((trainer, plan),) = made
+    check_start(plan, free_bytes=free_everywhere())
+    return engine, trainer, plan
 
 
 def load_weights(base: Base) -> dict[str, torch.Tensor]:
@@ -146,7 +244,7 @@ def load_weights(base: Base) -> dict[str, torch.Tensor]:
         )
 
 
-def open_trainer(cfg: RunConfig, base: Base, weights: dict[str, torch.Tensor]) -> Trainer:
+def open_trainer(cfg: RunConfig, base: Base, weights: Mapping[str, torch.Tensor]) -> Trainer:
     """The configured training backend."""
     if cfg.trainer.backend == "megatron":
         from framework.trainer.megatron.trainer import MegatronTrainer
@@ -189,10 +287,11 @@ def open_teacher(base: Base, name_or_path: str) -> Trainer:
         return HfTrainer(model.path, device=base.device, dtype=base.dtype)
 
 
-def open_engine(cfg: RunConfig, base: Base) -> Any:
-    """vLLM in this process."""
+def open_engine(cfg: RunConfig, base: Base, size_cache: Callable[[EngineProfile], int] | None = None) -> Any:
+    """vLLM in this process; see VllmEngine for ``size_cache``."""
     from framework.engine.vllm.engine import VllmEngine, VllmOptions
 
+    eager = cfg.engine.enforce_eager if cfg.engine.enforce_eager is not None else not base.device.captures_graphs
     parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, cfg.lora.targets)}
     options = VllmOptions(
         max_model_len=min(cfg.engine.max_model_len, base.spec.max_position_embeddings),
@@ -201,12 +300,14 @@ def open_engine(cfg: RunConfig, base: Base) -> Any:
         max_adapters=cfg.engine.max_adapters,
         max_lora_rank=cfg.lora.rank,
         lora_parents=tuple(sorted(parents)),
-        kv_cache_bytes=None if cfg.engine.kv_cache_gib is None else int(cfg.engine.kv_cache_gib * 2**30),
+        kv_cache_bytes=cache_bytes(cfg, base),
         gpu_memory_utilization=cfg.engine.gpu_memory_utilization,
-        enforce_eager=cfg.engine.enforce_eager,
+        enforce_eager=eager,
         enable_prefix_caching=cfg.engine.prefix_caching,
     )
-    return VllmEngine(base.model.path, options, mesh=base.mesh, device=base.device, dtype=base.dtype)
+    return VllmEngine(
+        base.model.path, options, mesh=base.mesh, device=base.device, dtype=base.dtype, size_cache=size_cache
+    )
 
 
 def open_chat(base: Base) -> Chat:

@@ -51,6 +51,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
         timer = PhaseTimer(rt.base.device.synchronize)
         with timer.phase("rollout"):
             result = sample(cfg, rt, problems, progress.order, ref, step)
+        with timer.phase("sleep"):
+            rt.sleep()
         datums = tuple(to_datum(rollout) for rollout in rollouts_of(result.groups))
         with timer.phase("teacher"):
             datums = with_field(datums, "teacher_logprobs", teacher(datums).logprobs)
@@ -64,6 +66,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             optim = rt.trainer.optim_step(POLICY, adam)
         with timer.phase("push"):
             ref = rt.weight_sync.push(POLICY)
+        with timer.phase("wake"):
+            rt.wake()
         metrics = reduce_metrics([result.metrics, loss.metrics], global_sum=rt.mesh.global_sum)
         total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}

@@ -52,6 +52,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             result = sample(cfg, rt, algorithm, problems, progress.order, ref, step)
         with timer.phase("verify"):
             rt.weight_sync.verify(ref)  # the samples came from the weights about to be updated
+        with timer.phase("sleep"):
+            rt.sleep()
         datums, seen = make_datums(cfg, rt, algorithm, result.groups, ref, timer)
         losses: list[ForwardBackwardResult] = []
         adam = cfg.optimizer.at(step, cfg.num_steps)
@@ -67,6 +69,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
                 optim = rt.trainer.optim_step(POLICY, adam)
             with timer.phase("push"):
                 ref = rt.weight_sync.push(POLICY)
+        with timer.phase("wake"):
+            rt.wake()
         metrics = reduce_metrics([result.metrics, seen, *(x.metrics for x in losses)], global_sum=rt.mesh.global_sum)
         mean_loss = sum(loss.loss for loss in losses) / len(losses)
         total_loss, num_tokens = rt.mesh.global_sum([mean_loss, float(sum(len(d.token_ids) for d in datums))])

@@ -40,7 +40,8 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without what a process group of its own may have set; one thread per rank."""
     torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in torchrun}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def run_ranks(target: str, folder: Path, *, nproc: int = 2, timeout_s: float = 120.0, **arguments: Any) -> list[Any]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion, Prompt, SamplingParams
@@ -36,6 +38,16 @@ class StepOutput:
     """Completions that ended in this step, by request id."""
     new_tokens: Mapping[str, tuple[int, ...]]
     """Tokens this step added, by request id, for requests with ``stream``; a finished one's last tokens included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProfile:
+    """What an engine on an accelerator knows of itself when all but its KV cache is there."""
+
+    base_weights: Mapping[str, Tensor]
+    """This rank's, by the layout's names."""
+    activation_bytes: int
+    """Peak of its largest step, over what stays between steps."""
 
 
 class RolloutEngine(Protocol):

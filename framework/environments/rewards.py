@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jsonschema
 import regex  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 REGEX_TIMEOUT_S = 1.0
@@ -57,6 +56,8 @@ def json_schema(completion: str, *, schema: Mapping[str, Any] | str, **_: object
     Raises:
         jsonschema.SchemaError: the schema itself is wrong.
     """
+    import jsonschema
+
     rules = json.loads(schema) if isinstance(schema, str) else schema
     blocks = _FENCE.findall(completion)
     try:

@@ -9,12 +9,11 @@ from framework.config import RunConfig
 from framework.errors import ConfigError
 from framework.lora.peft_io import peft_config
 from framework.lora.spec import LoraSpec
-from framework.runtime import Base, load_weights, open_base, open_engine, open_trainer
+from framework.runtime import Base, open_base, open_pair
 from framework.service.launch import Backend, serve
 from framework.service.logs import set_up_logs
 from framework.service.service import Model
 from framework.service.settings import ServiceConfig
-from framework.weight_sync import VersionCounter, WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -52,32 +51,29 @@ def facts(run: RunConfig, service: ServiceConfig, backend: Backend) -> dict[str,
 def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
     """The pair of engines of this rank, for adapters up to ``service.max_rank`` on every projection."""
     peft_config(LoraSpec(), "warm-up")  # importing peft takes seconds; not while tenants wait
-    run = dataclasses.replace(run, lora=LoraSpec(rank=service.max_rank))
+    run = dataclasses.replace(
+        run,
+        lora=LoraSpec(rank=service.max_rank),
+        trainer=dataclasses.replace(run.trainer, max_tokens_per_microbatch=service.max_tokens_per_microbatch),
+        engine=dataclasses.replace(run.engine, sleep=False),  # it samples for one tenant while it trains for another
+    )
     base = open_base(run)
     if base.mesh.world_size != base.mesh.tp_size:
         raise ConfigError(
             f"the service is one tensor-parallel group: torchrun started {base.mesh.world_size} processes, "
             f"parallel.tensor_parallel_size={base.mesh.tp_size}; make them equal"
         )
-    engine = open_engine(run, base)
-    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
-    trainer = open_trainer(run, base, weights)
+    pair = open_pair(run, base, num_adapters=service.trainer_adapters, num_sequences=service.max_in_flight)
     return Backend(
-        trainer=trainer,
-        engine=engine,
-        weight_sync=WeightSync(
-            trainer,
-            engine,
-            VersionCounter(),
-            synchronize=base.device.synchronize,
-            check_lockstep=base.mesh.check_lockstep,
-        ),
+        trainer=pair.trainer,
+        engine=pair.engine,
+        weight_sync=pair.weight_sync,
         mesh=base.mesh,
         tp_size=base.mesh.tp_size,
         vocab_size=base.spec.vocab_size,
-        pad_to_multiple_of=trainer.token_multiple,
+        pad_to_multiple_of=pair.trainer.token_multiple,
         max_lora_rank=service.max_rank,
-        model=_model(run, base, engine.max_prompt_tokens),
+        model=_model(run, base, pair.engine.max_prompt_tokens),
     )
 
 

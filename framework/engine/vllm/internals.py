@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from framework.device import Device
 from framework.distributed import Mesh
+from framework.engine.base import EngineProfile
 from framework.errors import AdapterError
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -173,27 +174,63 @@ def model_runner(llm_engine: Any) -> Any:
     return getattr(worker, "worker", worker).model_runner
 
 
-def base_weights(llm_engine: Any) -> dict[str, Tensor]:
-    """The engine's own base weights by the layout's names (the wrapped layers' ``base_layer`` left out of them)."""
-    model = model_runner(llm_engine).model
+def base_weights(model: Any) -> dict[str, Tensor]:
+    """A vLLM model's own weights by the layout's names (the wrapped layers' ``base_layer`` left out of them)."""
     return {name.replace(".base_layer", ""): parameter.data for name, parameter in model.named_parameters()}
 
 
-def drop_kv_cache(llm_engine: Any) -> None:
-    """Gives the KV cache's memory back and keeps the weights where they are. Needs ``enable_sleep_mode``."""
-    from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+NO_SHARE = 0.01
+"""``gpu_memory_utilization`` where it decides nothing: vLLM refuses to start with less than that free."""
 
-    for data in CuMemAllocator.get_instance().pointer_to_data.values():
-        if data.tag == "kv_cache" and not data.is_asleep:
+
+@contextmanager
+def cache_sized_by(size: Callable[[EngineProfile], int]) -> Iterator[None]:
+    """A vLLM that starts inside the block asks ``size`` for the bytes of its KV cache, once all else of it is there.
+
+    It still profiles its largest step itself; only the size it would conclude is replaced.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    original = ExecutorWithExternalLauncher.determine_available_memory
+
+    def determine_available_memory(executor: Any) -> list[int]:
+        original(executor)
+        worker = getattr(executor.driver_worker, "worker", executor.driver_worker)
+        weights = base_weights(worker.model_runner.model)
+        return [size(EngineProfile(base_weights=weights, activation_bytes=int(worker.peak_activation_memory)))]
+
+    ExecutorWithExternalLauncher.determine_available_memory = determine_available_memory
+    try:
+        yield
+    finally:
+        ExecutorWithExternalLauncher.determine_available_memory = original
+
+
+def _cache_allocations() -> list[Any]:
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return [data for data in CuMemAllocator.get_instance().pointer_to_data.values() if data.tag == "kv_cache"]
+
+
+def drop_kv_cache() -> None:
+    """Gives the KV cache's memory back and keeps the weights where they are. Needs ``enable_sleep_mode``."""
+    from vllm.device_allocator.cumem import unmap_and_release
+
+    for data in _cache_allocations():
+        if not data.is_asleep:
             unmap_and_release(data.handle)
             data.is_asleep = True
 
 
-def restore_kv_cache(llm_engine: Any) -> None:
+def restore_kv_cache(llm_engine: Any, device: Device) -> None:
     """Takes the KV cache's memory again through the worker, whose hook puts the cache into a known state.
 
-    Cached prefixes are forgotten: their keys and values are gone.
+    What torch keeps of freed tensors is given back where the cache needs its room. Cached prefixes are forgotten: their
+    keys and values are gone.
     """
+    if device.memory_free() < sum(data.handle[1] for data in _cache_allocations()):
+        device.synchronize()
+        device.release_cached()
     executor = llm_engine.engine_core.engine_core.model_executor
     executor.driver_worker.wake_up(["kv_cache"])
     assert llm_engine.reset_prefix_cache(), "vLLM kept its prefix cache over a sleep"

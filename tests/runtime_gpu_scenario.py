@@ -1,0 +1,92 @@
+"""What test_runtime_gpu.py runs on an accelerator: the pair as a recipe opens it, on a tiny model, cache computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from framework.algorithms.supervised import CrossEntropy
+from framework.config import RunConfig
+from framework.device import Device
+from framework.engine.base import SampleRequest, generate
+from framework.errors import ConfigError
+from framework.memory import full_microbatch
+from framework.runtime import SamplingRuntime, open_base, open_pair, open_sampling
+from framework.types import AdamParams, AdapterRef, Prompt, SamplingParams
+from recipes import grpo
+from tests.recipes.scenario import config
+
+CYCLES = 200
+
+
+def small(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
+    """The scenario's run on whatever device there is, its KV cache computed; eager, to start quickly."""
+    engine = {"max_model_len": 256, "max_num_seqs": 32, "enforce_eager": True, **overrides}
+    return config(
+        model,
+        run_dir,
+        hardware={"device": "auto"},
+        engine=engine,
+        model={"name_or_path": str(model), "dtype": "bfloat16"},
+        parity={"probe": False, "abort_abs_diff_mean": 1.0, "warn_abs_diff_mean": 1.0},
+    )
+
+
+def used(device: Device) -> int:
+    """Bytes of the device that are not free, nothing cached by torch."""
+    device.synchronize()
+    device.release_cached()
+    return device.memory_total() - device.memory_free()
+
+
+def greedy(rt: SamplingRuntime, ref: AdapterRef) -> tuple[int, ...]:
+    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    request = SampleRequest(request_id="g", prompt=Prompt(token_ids=(3, 4, 5)), sampling=sampling, adapter=ref)
+    return generate(rt.engine, [request])[0].token_ids
+
+
+def on_rank(model: Path, run_dir: Path) -> dict[str, Any]:
+    """Addresses, cycles of sleep with training between, and a run of the recipe that sleeps in every step."""
+    cfg = small(model, run_dir, sleep=True)
+    rt = open_sampling(cfg)
+    engine, trainer, device = rt.engine, rt.trainer, rt.base.device
+    theirs = {tensor.data_ptr() for tensor in engine.base_weights().values()}  # type: ignore[attr-defined]
+    ours = {name: p.data_ptr() for name, p in trainer._model.named_parameters()}  # type: ignore[attr-defined]
+    trainer.add_adapter("cycled", cfg.lora, seed=0)
+    ref = rt.weight_sync.push("cycled")
+    batch = full_microbatch(rt.base.spec.vocab_size, 512, 128, multiple_of=1)
+    before, seen = greedy(rt, ref), []
+    for _ in range(CYCLES):
+        awake = used(device)
+        engine.sleep()
+        asleep = used(device)
+        trainer.forward_backward("cycled", batch, CrossEntropy())
+        trainer.optim_step("cycled", AdamParams(learning_rate=0.0))
+        engine.wake()
+        after = greedy(rt, ref)
+        seen.append((awake, asleep))
+    rt.weight_sync.release("cycled")
+    trainer.remove_adapter("cycled")
+    grpo.run(cfg, rt)
+    rows = [json.loads(line) for line in (rt.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "device": device.kind,
+        "sleeps": rt.sleeps,
+        "outside": sorted(name for name, place in ours.items() if place not in theirs),
+        "shared": len(ours),
+        "memory": seen,
+        "same tokens": after == before,
+        "steps": [row for row in rows if "time/step_s" in row],
+    }
+
+
+def refusal(model: Path, run_dir: Path) -> dict[str, Any]:
+    """A reserve that leaves nothing, and what the message advises."""
+    base = open_base(small(model, run_dir))
+    total_gib = base.device.memory_total() / 2**30
+    try:
+        open_pair(small(model, run_dir, memory_reserve_gib=total_gib - 0.5), base)
+    except ConfigError as error:
+        return {"message": str(error)}
+    return {"message": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -120,9 +121,13 @@ def settle() -> None:
 
 def open_pair(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, WeightSync]:
     """Engine and trainer of the same model, and the way from one to the other."""
-    engine = open_engine(cfg, base)
-    weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
-    trainer = open_trainer(cfg, base, weights)
+    if cfg.engine.backend == "trainer":
+        trainer = open_trainer(cfg, base, load_weights(base))
+        engine = open_trainer_engine(cfg, base, trainer)
+    else:
+        engine = open_engine(cfg, base)
+        weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
+        trainer = open_trainer(cfg, base, weights)
     sync = WeightSync(
         trainer,
         engine,
@@ -209,6 +214,31 @@ def open_engine(cfg: RunConfig, base: Base) -> Any:
         enable_prefix_caching=cfg.engine.prefix_caching,
     )
     return VllmEngine(base.model.path, options, mesh=base.mesh, device=base.device, dtype=base.dtype)
+
+
+def open_trainer_engine(cfg: RunConfig, base: Base, trainer: Any) -> RolloutEngine:
+    """Sampling with the trainer's own model."""
+    from transformers import AutoTokenizer
+
+    from framework.engine.trainer.engine import TrainerEngine, TrainerEngineOptions
+
+    tokenizer = AutoTokenizer.from_pretrained(base.model.path)
+    options = TrainerEngineOptions(
+        max_model_len=min(cfg.engine.max_model_len, base.spec.max_position_embeddings),
+        max_num_seqs=cfg.engine.max_num_seqs,
+        max_adapters=cfg.engine.max_adapters,
+        vocab_size=base.spec.vocab_size,
+        end_tokens=end_tokens(base.model.path, tokenizer),
+    )
+    return TrainerEngine(trainer, tokenizer, options, watchdog=base.mesh.watchdog)
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's ``generation_config.json``."""
+    file = folder / "generation_config.json"
+    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    more = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (tokenizer.eos_token_id, *more) if token is not None)
 
 
 def open_chat(base: Base) -> Chat:

@@ -22,7 +22,7 @@ from framework.config import RunConfig, to_typed
 from framework.doctor import TINY
 from framework.engine.base import RolloutEngine, SampleRequest, generate
 from framework.lora.spec import LoraSpec
-from framework.runtime import open_base, open_pair
+from framework.pair import open_base, open_pair
 from framework.trainer.base import Trainer
 from framework.types import AdamParams, Datum, Prompt, SamplingParams
 from framework.weight_sync import WeightSync

@@ -20,7 +20,8 @@ from benchmarks import report
 from framework.config import ModelConfig, RunConfig
 from framework.lora.spec import LoraSpec
 from framework.models.hub import DEFAULT_MODEL
-from framework.runtime import POLICY, open_base, open_pair, settle, versions
+from framework.pair import open_base, open_pair
+from framework.runtime import POLICY, settle, versions
 from framework.types import AdapterRef
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     machine = report.machine()
     spec = LoraSpec(rank=arguments.rank, alpha=2.0 * arguments.rank)
     cfg = RunConfig(model=ModelConfig(name_or_path=arguments.model), lora=spec)
-    engine, trainer, sync = open_pair(cfg, open_base(cfg))
+    pair = open_pair(cfg, open_base(cfg))
+    engine, trainer, sync = pair.engine, pair.trainer, pair.weight_sync
     trainer.add_adapter(POLICY, spec, seed=0)
     sync.push(POLICY)
     shards = trainer.adapter_shards(POLICY)

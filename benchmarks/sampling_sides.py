@@ -16,7 +16,8 @@ from framework.config import ModelConfig, RunConfig
 from framework.data.chat import Chat
 from framework.engine.base import SampleRequest, generate
 from framework.lora.peft_io import load_peft
-from framework.runtime import open_base, open_pair, versions
+from framework.pair import open_base, open_pair
+from framework.runtime import versions
 from framework.types import AdapterRef, Prompt, SamplingParams
 
 NAME = "bench"
@@ -70,7 +71,8 @@ def tandem(job: dict[str, Any]) -> dict[str, list[float]]:
 
     lora, tensors = load_peft(Path(job["adapter"]))
     base = open_base(RunConfig(model=ModelConfig(name_or_path=job["model"])))
-    engine, trainer, sync = open_pair(RunConfig(model=ModelConfig(name_or_path=job["model"]), lora=lora), base)
+    pair = open_pair(RunConfig(model=ModelConfig(name_or_path=job["model"]), lora=lora), base)
+    engine, trainer, sync = pair.engine, pair.trainer, pair.weight_sync
     trainer.add_adapter(NAME, lora, seed=0)
     trainer.import_adapter(NAME, tensors)
     ref = sync.push(NAME)

@@ -17,7 +17,8 @@ from framework.algorithms.base import LossInputs, LossOutput
 from framework.batching import make_batch
 from framework.config import HardwareConfig, ModelConfig, RunConfig
 from framework.lora.spec import TARGETS, LoraSpec
-from framework.runtime import POLICY, load_weights, open_base, open_trainer, versions
+from framework.pair import load_weights, open_base, open_trainer
+from framework.runtime import POLICY, versions
 from framework.types import AdamParams, Datum
 
 LEARNING_RATE = 1e-5

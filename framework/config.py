@@ -75,6 +75,9 @@ class TrainerConfig:
 class EngineConfig:
     """The sampling side."""
 
+    backend: Literal["vllm", "trainer"] = "vllm"
+    """vllm, or trainer: the trainer's own model, simple and slow; it has no KV cache of a set size, no prefix caching
+    and no compilation, so the keys for these have no effect."""
     max_model_len: int = 2048
     """Prompt plus completion, in tokens."""
     max_num_seqs: int = 256

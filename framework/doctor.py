@@ -168,8 +168,8 @@ def check_shared_memory(place: Path) -> list[Finding]:
 
 def check_pair(model: str) -> list[Finding]:
     """Loads the model into trainer and engine and runs the start-up probe."""
+    from framework.pair import open_base, open_pair
     from framework.probe import probe_delivery
-    from framework.runtime import open_base, open_pair
 
     start = time.monotonic()
     cfg: RunConfig = to_typed(

@@ -22,10 +22,11 @@ from framework.environments.catalog import build_problems
 from framework.errors import ConfigError
 from framework.lora.peft_io import CONFIG_FILE, load_peft
 from framework.metrics import reduce_metrics
+from framework.pair import open_teacher
 from framework.parity import check_parity, measure_parity
 from framework.progress import StopSignal, begin, end_step, finish
 from framework.rollout import CollectResult, collect
-from framework.runtime import POLICY, SamplingRuntime, open_teacher
+from framework.runtime import POLICY, SamplingRuntime
 from framework.timing import PhaseTimer
 from framework.trainer.base import ForwardResult
 from framework.types import AdapterRef, Datum, SamplingParams

@@ -139,7 +139,7 @@ def make_datums(
     """One datum per rollout with all that the loss reads: advantages, and logprobs of the base model and of the trainer
     as it sampled, where they are used."""
     datums = algorithm.datums(groups)
-    sources = {"ref_logprobs": None} if algorithm.needs_ref_logprobs else {}
+    sources: dict[str, str | None] = {"ref_logprobs": None} if algorithm.needs_ref_logprobs else {}
     sources |= {"proximal_logprobs": POLICY} if cfg.rollout.max_lag else {}
     for name, adapter in sources.items():
         with timer.phase("reference"):

@@ -12,7 +12,8 @@ from framework.device import Device
 from framework.engine.base import SampleRequest, generate
 from framework.errors import ConfigError
 from framework.memory import full_microbatch
-from framework.runtime import SamplingRuntime, open_base, open_pair, open_sampling
+from framework.pair import open_base, open_pair
+from framework.runtime import SamplingRuntime, open_sampling
 from framework.types import AdamParams, AdapterRef, Prompt, SamplingParams
 from recipes import grpo
 from tests.recipes.scenario import config

@@ -19,14 +19,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing", "watchdog"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
     ("rollout", "evaluation", "weight_sync", "probe", "memory", "checkpoint", "config"),
-    ("overrides", "parity", "runtime"),
+    ("overrides", "parity", "pair"),
+    ("runtime",),
     ("progress",),
     ("service", "client", "doctor"),
 )
 """Modules and packages of framework/, lowest layer first. A module imports from its own layer and from those below."""
 
 BACKENDS = ("framework.trainer.megatron", "framework.trainer.hf", "framework.engine.vllm")
-"""Leaves: only runtime.py imports them, inside functions, so that an unused backend is never loaded."""
+"""Leaves: only pair.py imports them, inside functions, so that an unused backend is never loaded."""
 
 HOMES: Mapping[str, tuple[str, ...]] = {
     "megatron": ("framework/trainer/megatron/",),
@@ -166,15 +167,15 @@ def check_layers(sources: Sequence[Source]) -> list[str]:
 
 
 def check_backends(sources: Sequence[Source]) -> list[str]:
-    """Only runtime.py imports a backend, lazily; a backend imports no other backend."""
+    """Only pair.py imports a backend, lazily; a backend imports no other backend."""
     complaints: list[str] = []
     for source in _product(sources):
         for found in imports(source, _modules(sources)):
             backend = _backend(found.module)
             if backend is None or backend == _backend(source.module):
                 continue
-            if source.path != "framework/runtime.py":
-                complaints.append(source.says(found.line, f"{backend} may be imported only by framework/runtime.py"))
+            if source.path != "framework/pair.py":
+                complaints.append(source.says(found.line, f"{backend} may be imported only by framework/pair.py"))
             elif found.eager:
                 complaints.append(source.says(found.line, f"{backend} must be imported inside a function"))
     return complaints

@@ -22,7 +22,8 @@ from framework.algorithms.supervised import CrossEntropy
 from framework.config import RunConfig, to_typed
 from framework.engine.base import SampleRequest, generate
 from framework.memory import full_microbatch
-from framework.runtime import POLICY, Base, Pair, open_base, open_pair
+from framework.pair import Base, Pair, open_base, open_pair
+from framework.runtime import POLICY
 from framework.types import AdamParams, AdapterRef, Prompt, SamplingParams
 
 SCRATCH = Path("/dev/shm/tandem-bench")

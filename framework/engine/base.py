@@ -5,12 +5,13 @@ Every method is collective over the tensor-parallel group and must be called wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from framework.errors import ConfigError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion, Prompt, SamplingParams
@@ -98,6 +99,34 @@ class RolloutEngine(Protocol):
 
     def wake(self) -> None:
         """Takes it again, empty."""
+
+
+def check_request(request: SampleRequest, *, vocab_size: int, context_tokens: int, known: Container[str]) -> None:
+    """What every engine refuses.
+
+    Args:
+        request: to be submitted.
+        vocab_size: of the model.
+        context_tokens: prompt plus completion.
+        known: ids of the requests in flight.
+
+    Raises:
+        ConfigError: the prompt is empty, has an unknown token or does not fit the context, or the id is in flight.
+    """
+    tokens, sampling = request.prompt.token_ids, request.sampling
+    if not tokens:
+        raise ConfigError(f"request {request.request_id}: the prompt has no tokens")
+    if len(tokens) + sampling.max_tokens > context_tokens:
+        raise ConfigError(
+            f"request {request.request_id}: {len(tokens)} prompt tokens plus max_tokens={sampling.max_tokens} "
+            f"exceed the context of {context_tokens} tokens; shorten the prompt, lower sampling.max_tokens "
+            f"or raise engine.max_model_len"
+        )
+    odd = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if odd is not None:
+        raise ConfigError(f"request {request.request_id}: token {odd} is outside the vocabulary of {vocab_size}")
+    if request.request_id in known:
+        raise ConfigError(f"request id {request.request_id} is already in flight")
 
 
 def generate(engine: RolloutEngine, requests: Sequence[SampleRequest]) -> tuple[Completion, ...]:

@@ -9,7 +9,7 @@ from framework.config import RunConfig
 from framework.errors import ConfigError
 from framework.lora.peft_io import peft_config
 from framework.lora.spec import LoraSpec
-from framework.runtime import Base, open_base, open_pair
+from framework.pair import Base, open_base, open_pair
 from framework.service.launch import Backend, serve
 from framework.service.logs import set_up_logs
 from framework.service.service import Model
@@ -33,17 +33,21 @@ def open_and_serve(run: RunConfig, service: ServiceConfig) -> None:
 
 def facts(run: RunConfig, service: ServiceConfig, backend: Backend) -> dict[str, object]:
     """What the first log line says, with the values in force."""
+    memory: dict[str, object] = {"kv_cache_gib": run.engine.kv_cache_gib}
+    if run.engine.kv_cache_gib is None:
+        memory = {"gpu_memory_utilization": run.engine.gpu_memory_utilization}
+    if run.engine.backend == "trainer":  # it takes what its requests need
+        memory = {}
     return {
         "model": backend.model.name,
         "tensor_parallel_size": backend.tp_size,
-        "gpu_memory_utilization": run.engine.gpu_memory_utilization if run.engine.kv_cache_gib is None else None,
-        "kv_cache_gib": run.engine.kv_cache_gib,
+        **memory,
         "max_loras": backend.engine.max_adapters,
         "max_lora_rank": backend.max_lora_rank,
         "dtype": run.model.dtype,
-        "trainer": run.trainer.backend,
+        "mode": f"{run.trainer.backend} trains, {run.engine.backend} samples",
         "context_tokens": backend.model.context_tokens,
-        "mode": service.auth,
+        "auth": service.auth,
         "url": f"http://{service.host}:{service.port}",
     }
 

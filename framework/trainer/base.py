@@ -1,4 +1,4 @@
-"""The trainer's Protocol. Recipes and the service know only this; runtime.py picks the backend.
+"""The trainer's Protocol. Recipes and the service know only this; pair.py picks the backend.
 
 Every method is collective: all ranks of the tensor-parallel group call it, in the same order, with the same
 arguments. With data parallelism, ``forward_backward`` takes this replica's share of the batch and ``optim_step``

@@ -31,8 +31,9 @@ from framework.environments.base import StepResult
 from framework.errors import FrameworkError
 from framework.lora.spec import TARGETS, LoraSpec
 from framework.models.hub import ResolvedModel
+from framework.pair import Base
 from framework.probe import probe_delivery
-from framework.runtime import Base, SamplingRuntime, open_records
+from framework.runtime import SamplingRuntime, open_records
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
 from framework.types import AdapterRef, Completion, Prompt
 from framework.weight_sync import VersionCounter, WeightSync

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from framework.config import RunConfig
 from framework.data.order import ShuffledOrder
 from framework.lora.init import init_a
-from framework.runtime import open_records, open_trainer, open_training
+from framework.pair import open_trainer
+from framework.runtime import open_records, open_training
 from recipes import sft
 from tests.recipes.scenario import config
 

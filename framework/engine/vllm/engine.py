@@ -12,7 +12,7 @@ import torch
 
 from framework.device import Device
 from framework.distributed import Mesh
-from framework.engine.base import EngineProfile, SampleRequest, StepOutput
+from framework.engine.base import EngineProfile, SampleRequest, StepOutput, check_request
 from framework.engine.vllm import internals
 from framework.engine.vllm.copies import CopyPlan, plan_copies
 from framework.errors import AdapterError, ConfigError, DeliveryError
@@ -164,26 +164,11 @@ class VllmEngine:
 
     def submit(self, request: SampleRequest) -> None:
         """See :meth:`RolloutEngine.submit`."""
-        tokens, sampling = request.prompt.token_ids, request.sampling
-        if not tokens:
-            raise ConfigError(f"request {request.request_id}: the prompt has no tokens")
-        if len(tokens) + sampling.max_tokens > self._max_model_len:
-            raise ConfigError(
-                f"request {request.request_id}: {len(tokens)} prompt tokens plus max_tokens={sampling.max_tokens} "
-                f"exceed the context of {self._max_model_len} tokens; shorten the prompt, lower sampling.max_tokens "
-                f"or raise engine.max_model_len"
-            )
-        odd = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
-        if odd is not None:
-            raise ConfigError(
-                f"request {request.request_id}: token {odd} is outside the vocabulary of {self._vocab_size}"
-            )
-        if request.request_id in self._in_flight:
-            raise ConfigError(f"request id {request.request_id} is already in flight")
+        check_request(request, vocab_size=self._vocab_size, context_tokens=self._max_model_len, known=self._in_flight)
         self._llm.add_request(
             request.request_id,
-            {"prompt_token_ids": list(tokens)},
-            _params(sampling, stream=request.stream),
+            {"prompt_token_ids": list(request.prompt.token_ids)},
+            _params(request.sampling, stream=request.stream),
             lora_request=self._lora_request(request.adapter),
         )
         self._in_flight[request.request_id] = request

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from framework.algorithms.base import LossFn, LossInputs, Metric
 from framework.batching import Batch, Microbatch
-from framework.device import Device
+from framework.device import HOST, Device
 from framework.errors import AdapterError, ConfigError, ModelError
 from framework.lora.spec import LoraSpec
 from framework.metrics import merge_metrics
@@ -102,6 +102,22 @@ class HfTrainer:
             for microbatch in batch.microbatches:
                 results.append((microbatch, *self._logprobs(microbatch, batch.temperature)))
         return split_by_datum(results, batch.num_datums)
+
+    def extend(self, name: str | None, past: Any, token_ids: Tensor, *, keep: int) -> tuple[Tensor, Any]:
+        """Logits ``[keep, vocab]`` float32 on the host after the last ``keep`` of ``token_ids``, and the new past.
+
+        Args:
+            name: adapter, or None for the base model.
+            past: keys and values of the tokens before, as returned by the call that read them; None at the start.
+            token_ids: ``[n]`` int64, of one sequence.
+            keep: 1 to n.
+        """
+        with torch.no_grad(), self._switched_to(name, train=False):
+            output = self._model.base_model(
+                input_ids=token_ids[None].to(self._device), past_key_values=past, use_cache=True
+            )
+            logits = self._model.get_output_embeddings()(output.last_hidden_state[0, -keep:])
+        return logits.float().to(HOST), output.past_key_values
 
     def forward_backward(self, name: str, batch: Batch, loss_fn: LossFn) -> ForwardBackwardResult:
         """See :meth:`Trainer.forward_backward`.

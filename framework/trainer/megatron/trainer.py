@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from framework.algorithms.base import LossFn, LossInputs, Metric
 from framework.batching import Batch, Microbatch
-from framework.device import Device
+from framework.device import HOST, Device
 from framework.distributed import Mesh
 from framework.errors import AdapterError, ConfigError, DataError
 from framework.lora.spec import LoraSpec
@@ -196,11 +197,30 @@ class MegatronTrainer:
         Returns:
             ``[T, vocab]`` float32, the same on every rank.
         """
+        return self._whole_logits(name, input_ids, slice(None))
+
+    def extend(self, name: str | None, past: Any, token_ids: Tensor, *, keep: int) -> tuple[Tensor, Any]:
+        """Logits ``[keep, vocab]`` float32 on the host after the last ``keep`` of ``token_ids``, and the new past.
+
+        There is no cache of keys and values: the past is the tokens, and all of them are read again.
+
+        Args:
+            name: adapter, or None for the base model.
+            past: as returned by the call that read the tokens before; None at the start.
+            token_ids: ``[n]`` int64, of one sequence.
+            keep: 1 to n.
+        """
+        whole = token_ids if past is None else torch.cat([past, token_ids])
+        padded = torch.nn.functional.pad(whole, (0, -len(whole) % self.token_multiple))  # nothing looks to its right
+        return self._whole_logits(name, padded, slice(len(whole) - keep, len(whole))).to(HOST), whole
+
+    def _whole_logits(self, name: str | None, input_ids: Tensor, positions: slice) -> Tensor:
+        """``[positions, vocab]`` float32 of one sequence of a multiple of :attr:`token_multiple` tokens."""
         count = len(input_ids)
-        positions, offsets = torch.arange(count), torch.tensor([0, count], dtype=torch.int32)
+        offsets = torch.tensor([0, count], dtype=torch.int32)
         with torch.no_grad(), self._adapter_on(name, grad=None):
-            hidden = self._hidden(input_ids, positions, offsets, count)
-            local = (hidden @ self._vocab.weight.t()).float()
+            hidden = self._hidden(input_ids, torch.arange(count), offsets, count)
+            local = (hidden[positions] @ self._vocab.weight.t()).float()
         if self.mesh.tp_size == 1:
             return local
         width = self._vocab.padded_rows

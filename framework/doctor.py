@@ -21,6 +21,7 @@ import torch
 from framework.config import RunConfig, to_typed
 from framework.device import Device, open_device
 from framework.errors import FrameworkError
+from framework.lora.spec import LoraSpec
 from framework.models.hub import default_cache_dir
 
 TINY = "tiny-random/qwen3"
@@ -181,7 +182,7 @@ def check_pair(model: str) -> list[Finding]:
     try:
         base = open_base(cfg)
         engine, trainer, sync = open_pair(cfg, base)
-        result = probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
+        result = probe_delivery(trainer, engine, sync, LoraSpec(), vocab_size=base.spec.vocab_size, dtype=base.dtype)
     except FrameworkError as error:
         return [Finding(level="error", what=f"{type(error).__name__}: {error}", advice="see the message; --model=...")]
     except Exception as error:  # noqa: BLE001 - whatever a backend says about this machine is the finding

@@ -24,12 +24,13 @@ from framework.models.layout import projections
 from framework.models.spec import ModelSpec, read_spec
 from framework.models.weights import check_checkpoint, load_shard
 from framework.probe import probe_delivery
+from framework.shared_weights import SharedWeights
 from framework.tracking import SilentTracker, Tracker
 from framework.trainer.base import Trainer
 from framework.weight_sync import VersionCounter, WeightSync
 
 POLICY = "policy"
-"""Name of the one adapter that recipes train."""
+"""Name of the one adapter that recipes train, or of the base model where they train that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ class SamplingRuntime(Runtime):
     """A runtime with an engine beside the trainer, for recipes that sample."""
 
     engine: RolloutEngine
-    weight_sync: WeightSync
+    weight_sync: WeightSync | SharedWeights
 
 
 def open_base(cfg: RunConfig) -> Base:
@@ -98,9 +99,13 @@ def open_training(cfg: RunConfig) -> Runtime:
 def open_sampling(cfg: RunConfig) -> SamplingRuntime:
     """A runtime with both sides. The engine starts first: on a GPU its weights become the trainer's."""
     base = open_base(cfg)
-    engine, trainer, sync = open_pair(cfg, base)
-    if cfg.parity.probe:
-        probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
+    sync: WeightSync | SharedWeights
+    if cfg.lora is None:
+        engine, trainer, sync = open_shared(cfg, base)
+    else:
+        engine, trainer, sync = open_pair(cfg, base)
+        if cfg.parity.probe:
+            probe_delivery(trainer, engine, sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype)
     settle()
     return SamplingRuntime(
         base=base,
@@ -124,6 +129,30 @@ def open_pair(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, Weigh
     weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
     trainer = open_trainer(cfg, base, weights)
     sync = WeightSync(
+        trainer,
+        engine,
+        VersionCounter(),
+        synchronize=base.device.synchronize,
+        check_lockstep=base.mesh.check_lockstep,
+    )
+    return engine, trainer, sync
+
+
+def open_shared(cfg: RunConfig, base: Base) -> tuple[RolloutEngine, Trainer, SharedWeights]:
+    """Engine and trainer of one model in the same tensors, which the trainer writes into.
+
+    Raises:
+        ConfigError: the engine keeps its weights in a layout of its own here.
+    """
+    if not base.device.shares_weights:
+        raise ConfigError(
+            f"lora=none with recipe={cfg.recipe}: the trainer writes into the weights the engine samples with, but on "
+            f"a {base.device.kind} vLLM repacks them into a layout of its own; use a GPU (hardware=gpu), train an "
+            f"adapter, or fine-tune without sampling (+recipe=sft)"
+        )
+    engine = open_engine(cfg, base)
+    trainer = open_trainer(cfg, base, engine.base_weights())
+    sync = SharedWeights(
         trainer,
         engine,
         VersionCounter(),
@@ -195,13 +224,14 @@ def open_engine(cfg: RunConfig, base: Base) -> Any:
     """vLLM in this process."""
     from framework.engine.vllm.engine import VllmEngine, VllmOptions
 
-    parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, cfg.lora.targets)}
+    targets = () if cfg.lora is None else cfg.lora.targets
+    parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, targets)}
     options = VllmOptions(
         max_model_len=min(cfg.engine.max_model_len, base.spec.max_position_embeddings),
         max_num_seqs=cfg.engine.max_num_seqs,
         max_num_batched_tokens=cfg.engine.max_num_batched_tokens,
-        max_adapters=cfg.engine.max_adapters,
-        max_lora_rank=cfg.lora.rank,
+        max_adapters=0 if cfg.lora is None else cfg.engine.max_adapters,
+        max_lora_rank=0 if cfg.lora is None else cfg.lora.rank,
         lora_parents=tuple(sorted(parents)),
         kv_cache_bytes=None if cfg.engine.kv_cache_gib is None else int(cfg.engine.kv_cache_gib * 2**30),
         gpu_memory_utilization=cfg.engine.gpu_memory_utilization,

@@ -32,6 +32,7 @@ from framework.types import AdapterRef, Datum, SamplingParams
 def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
     algorithm = build_algorithm(cfg.algorithm, max_tokens=cfg.sampling.max_tokens)
+    check_reference(cfg, algorithm)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
     progress = begin(cfg, rt, ShuffledOrder(len(problems), seed=cfg.seed))
@@ -117,6 +118,19 @@ def sample(
         num_groups=num_groups,
         max_rounds=rollout.max_refills,
     )
+
+
+def check_reference(cfg: RunConfig, algorithm: Algorithm) -> None:
+    """Refuses a KL penalty against a base model that is trained away.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if cfg.lora is None and algorithm.needs_ref_logprobs:
+        raise ConfigError(
+            "lora=none trains the base model itself, so none is left for algorithm.kl_coef to compare with; set "
+            "algorithm.kl_coef=0, or train an adapter"
+        )
 
 
 def check_trainable(rt: SamplingRuntime, datums: Sequence[Datum], *, step: int) -> None:

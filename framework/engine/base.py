@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion, Prompt, SamplingParams
@@ -86,6 +88,20 @@ class RolloutEngine(Protocol):
 
     def wake(self) -> None:
         """Takes it again, empty."""
+
+
+class SharedWeightsEngine(RolloutEngine, Protocol):
+    """An engine whose base weights somebody else may write into."""
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """This rank's base parameters by the layout's names: the very tensors the engine samples with."""
+
+    def adopt_weights(self, ref: AdapterRef) -> None:
+        """The base weights have become ``ref``: it is served from now on, no earlier one is, cached prefixes are gone.
+
+        Raises:
+            AdapterError: requests are in flight, which would go on with other weights than they began with.
+        """
 
 
 def generate(engine: RolloutEngine, requests: Sequence[SampleRequest]) -> tuple[Completion, ...]:

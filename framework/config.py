@@ -289,7 +289,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    lora: LoraSpec = field(default_factory=LoraSpec)
+    lora: LoraSpec | None = field(default_factory=LoraSpec)
+    """null, by ``lora=none`` on the command line, trains every weight of the base model instead of an adapter."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -302,6 +303,12 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.init_adapter is not None:
+            raise ConfigError(
+                f"init_adapter={self.init_adapter}: lora=none trains the base model itself and starts from no adapter"
+            )
 
 
 def schema() -> dict[str, Any]:

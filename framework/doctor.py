@@ -21,7 +21,9 @@ import torch
 from framework.config import RunConfig, to_typed
 from framework.device import Device, open_device
 from framework.errors import FrameworkError
+from framework.lora.spec import LoraSpec
 from framework.models.hub import default_cache_dir
+from framework.weight_sync import WeightSync
 
 TINY = "tiny-random/qwen3"
 LOCKS = Path(__file__).resolve().parent.parent / "launch" / "env"
@@ -181,8 +183,9 @@ def check_pair(model: str) -> list[Finding]:
     try:
         base = open_base(cfg)
         pair = open_pair(cfg, base)
+        assert isinstance(pair.weight_sync, WeightSync), "the doctor trains an adapter"
         result = probe_delivery(
-            pair.trainer, pair.engine, pair.weight_sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype
+            pair.trainer, pair.engine, pair.weight_sync, LoraSpec(), vocab_size=base.spec.vocab_size, dtype=base.dtype
         )
     except FrameworkError as error:
         return [Finding(level="error", what=f"{type(error).__name__}: {error}", advice="see the message; --model=...")]

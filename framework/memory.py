@@ -57,6 +57,7 @@ class Demand:
     num_adapters: int
     """Whose state the trainer holds at once."""
     lora_rank: int
+    """0 where every weight is trained."""
     context_tokens: int
     """Of one sequence; a cache that cannot hold one is of no use."""
     num_sequences: int
@@ -100,16 +101,16 @@ def kv_bytes_per_token(spec: ModelSpec, *, tp_size: int, dtype: torch.dtype) -> 
 
 
 def measure_trainer(
-    trainer: Trainer, device: Device, lora: LoraSpec, *, vocab_size: int, num_tokens: int, max_length: int
+    trainer: Trainer, device: Device, lora: LoraSpec | None, *, vocab_size: int, num_tokens: int, max_length: int
 ) -> Footprint:
-    """Makes real steps on random tokens with an adapter of its own. All ranks must call it.
+    """Makes real steps on random tokens with a state of its own. All ranks must call it.
 
     Where a full microbatch does not fit, it is halved until it does.
 
     Args:
         trainer: with its base weights in place.
         device: of this rank; an accelerator.
-        lora: of the run.
+        lora: of the run; None trains every weight, and each must come out as it went in: the learning rate is 0.
         vocab_size: tokens are drawn below it.
         num_tokens: the configured budget of a microbatch.
         max_length: of one sequence.
@@ -117,7 +118,10 @@ def measure_trainer(
     device.synchronize()
     device.release_cached()
     before = device.memory_free()
-    trainer.add_adapter(MEASURED, lora, seed=0)
+    if lora is None:
+        trainer.train_base(MEASURED)
+    else:
+        trainer.add_adapter(MEASURED, lora, seed=0)
     device.synchronize()
     adapter_bytes = before - device.memory_free()
     try:
@@ -230,7 +234,7 @@ def _advice(demand: Demand, footprint: Footprint, *, room: int, limit: int, leas
         if tokens:
             advice.append(f"engine.max_model_len={tokens}")
     missing = max(step - room, least - limit)
-    per_rank = footprint.adapter_bytes * demand.num_adapters / demand.lora_rank
+    per_rank = footprint.adapter_bytes * demand.num_adapters / demand.lora_rank if demand.lora_rank else 0.0
     rank = int(demand.lora_rank - missing / per_rank) // RANK_GRAIN * RANK_GRAIN if per_rank else 0
     if rank > 0:
         advice.append(f"lora.rank={rank}")

@@ -21,6 +21,7 @@ from framework.models.hub import ResolvedModel, default_cache_dir, resolve_model
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec, read_spec
 from framework.models.weights import check_checkpoint, load_shard
+from framework.shared_weights import SharedWeights
 from framework.trainer.base import Trainer
 from framework.weight_sync import VersionCounter, WeightSync
 
@@ -42,7 +43,7 @@ class Pair:
 
     engine: Any
     trainer: Trainer
-    weight_sync: WeightSync
+    weight_sync: WeightSync | SharedWeights
     sleeps: bool
     """The engine must sleep while the trainer works."""
     plan: CachePlan | None
@@ -69,16 +70,20 @@ def open_base(cfg: RunConfig) -> Base:
 
 
 def open_pair(cfg: RunConfig, base: Base, *, num_adapters: int = 1, num_sequences: int | None = None) -> Pair:
-    """Starts both sides. All ranks must call it.
+    """Starts both sides. All ranks must call it. On an accelerator the trainer works on the engine's tensors.
 
     Args:
         num_adapters: whose state the trainer will hold at once.
         num_sequences: as many as will be sampled at once; None for as many as the engine takes.
 
     Raises:
-        ConfigError: the memory of an accelerator is too small for both; settings that would do are named.
+        ConfigError: the memory of an accelerator is too small for both; settings that would do are named. Or every
+            weight is to be trained where the engine keeps them in a layout of its own.
     """
+    if cfg.lora is None:
+        check_shares_weights(cfg, base)
     plan = None
+    engine: Any
     if cfg.engine.backend == "trainer":
         trainer = open_trainer(cfg, base, load_weights(base))
         engine = open_trainer_engine(cfg, base, trainer)
@@ -89,7 +94,7 @@ def open_pair(cfg: RunConfig, base: Base, *, num_adapters: int = 1, num_sequence
         engine = open_engine(cfg, base)
         weights = engine.base_weights() if base.device.shares_weights else load_weights(base)
         trainer = open_trainer(cfg, base, weights)
-    sync = WeightSync(
+    sync = (WeightSync if cfg.lora is not None else SharedWeights)(
         trainer,
         engine,
         VersionCounter(),
@@ -98,6 +103,20 @@ def open_pair(cfg: RunConfig, base: Base, *, num_adapters: int = 1, num_sequence
     )
     sleeps = plan.sleeps if plan is not None else bool(cfg.engine.sleep)
     return Pair(engine=engine, trainer=trainer, weight_sync=sync, sleeps=sleeps, plan=plan)
+
+
+def check_shares_weights(cfg: RunConfig, base: Base) -> None:
+    """Refuses to train every weight where the engine would not see it.
+
+    Raises:
+        ConfigError: with the ways out.
+    """
+    if not base.device.shares_weights or cfg.engine.backend != "vllm":
+        raise ConfigError(
+            f"lora=none with recipe={cfg.recipe}: the trainer writes into the weights the engine samples with, but on "
+            f"a {base.device.kind} vLLM repacks them into a layout of its own; use a GPU (hardware=gpu), train an "
+            f"adapter, or fine-tune without sampling (+recipe=sft)"
+        )
 
 
 def cache_bytes(cfg: RunConfig, base: Base) -> int | None:
@@ -114,7 +133,7 @@ def _open_measured(cfg: RunConfig, base: Base, num_adapters: int, num_sequences:
         microbatch_tokens=cfg.trainer.max_tokens_per_microbatch,
         recompute=cfg.trainer.recompute,
         num_adapters=num_adapters,
-        lora_rank=cfg.lora.rank,
+        lora_rank=0 if cfg.lora is None else cfg.lora.rank,
         context_tokens=context,
         num_sequences=num_sequences,
         bytes_per_token=kv_bytes_per_token(base.spec, tp_size=base.mesh.tp_size, dtype=base.dtype),
@@ -211,13 +230,14 @@ def open_engine(cfg: RunConfig, base: Base, size_cache: Callable[[EngineProfile]
     from framework.engine.vllm.engine import VllmEngine, VllmOptions
 
     eager = cfg.engine.enforce_eager if cfg.engine.enforce_eager is not None else not base.device.captures_graphs
-    parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, cfg.lora.targets)}
+    targets = () if cfg.lora is None else cfg.lora.targets
+    parents = {p.parent.rpartition(".")[2] for p in projections(base.spec, targets)}
     options = VllmOptions(
         max_model_len=min(cfg.engine.max_model_len, base.spec.max_position_embeddings),
         max_num_seqs=cfg.engine.max_num_seqs,
         max_num_batched_tokens=cfg.engine.max_num_batched_tokens,
-        max_adapters=cfg.engine.max_adapters,
-        max_lora_rank=cfg.lora.rank,
+        max_adapters=0 if cfg.lora is None else cfg.engine.max_adapters,
+        max_lora_rank=0 if cfg.lora is None else cfg.lora.rank,
         lora_parents=tuple(sorted(parents)),
         kv_cache_bytes=cache_bytes(cfg, base),
         gpu_memory_utilization=cfg.engine.gpu_memory_utilization,

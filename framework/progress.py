@@ -1,8 +1,9 @@
 """What a run carries from step to step, how it is saved and taken up again, and what it leaves at its end.
 
-A checkpoint holds the adapter's masters, Adam moments, step and dropout counters, every rank's random states, the data
-position, the version counter, the evaluations so far and the tracker's run id. Rollout seeds are pure functions of
-``seed`` and the step, and the learning rate of the step, so they need no state.
+A checkpoint holds the masters of the adapter (in full fine-tuning, of the model), Adam moments, step and dropout
+counters, every rank's random states, the data position, the version counter, the evaluations so far and the tracker's
+run id. Rollout seeds are pure functions of ``seed`` and the step, and the learning rate of the step, so they need no
+state.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from framework.data.order import ShuffledOrder
 from framework.errors import AdapterError
 from framework.lora.peft_io import load_peft, save_peft
 from framework.lora.spec import LoraSpec
+from framework.models.export import save_model
 from framework.runtime import POLICY, Runtime, SamplingRuntime, versions
 
 
@@ -48,10 +50,13 @@ class StopSignal:
 
 
 def begin(cfg: RunConfig, rt: Runtime, order: ShuffledOrder) -> Progress:
-    """Makes the adapter, or takes up the checkpoint that the runtime found. All ranks must call it."""
-    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
+    """Makes what is trained, or takes up the checkpoint that the runtime found. All ranks must call it."""
+    if cfg.lora is None:
+        rt.trainer.train_base(POLICY)
+    else:
+        rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
     if rt.resumed is None:
-        if cfg.init_adapter is not None:
+        if cfg.lora is not None and cfg.init_adapter is not None:
             with rt.mesh.agree_on_error("reading the adapter"):
                 tensors = read_initial(Path(cfg.init_adapter), cfg.lora)
             rt.trainer.import_adapter(POLICY, tensors)
@@ -114,21 +119,12 @@ def end_step(cfg: RunConfig, rt: Runtime, progress: Progress, stop: StopSignal) 
 
 
 def finish(cfg: RunConfig, rt: Runtime, summary: Mapping[str, Any]) -> None:
-    """Writes the adapter as a PEFT folder, and ``summary.json``. All ranks must call it.
+    """Writes the adapter as a PEFT folder, or the model as a Hugging Face one, and ``summary.json``. Collective.
 
     Args:
         summary: what the recipe measured; what every recipe's summary has is added.
     """
-    tensors = rt.trainer.export_adapter(POLICY)
-    with rt.mesh.agree_on_error("writing the adapter"):
-        if rt.mesh.rank == 0:
-            save_peft(
-                rt.run_dir / "adapter",
-                spec=cfg.lora,
-                tensors=tensors,
-                base_model=cfg.model.name_or_path,
-                dtype=rt.base.dtype,
-            )
+    result = _export_model(rt) if cfg.lora is None else _export_adapter(cfg, rt, cfg.lora)
     rt.tracker.finish(
         {
             **summary,
@@ -136,9 +132,29 @@ def finish(cfg: RunConfig, rt: Runtime, summary: Mapping[str, Any]) -> None:
             "model": cfg.model.name_or_path,
             "model_source": rt.base.model.source,
             "versions": versions(),
-            "adapter": str(rt.run_dir / "adapter"),
+            **result,
         }
     )
+
+
+def _export_adapter(cfg: RunConfig, rt: Runtime, spec: LoraSpec) -> dict[str, str]:
+    """``{"adapter": its folder}``."""
+    tensors = rt.trainer.export_adapter(POLICY)
+    folder = rt.run_dir / "adapter"
+    with rt.mesh.agree_on_error("writing the adapter"):
+        if rt.mesh.rank == 0:
+            save_peft(folder, spec=spec, tensors=tensors, base_model=cfg.model.name_or_path, dtype=rt.base.dtype)
+    return {"adapter": str(folder)}
+
+
+def _export_model(rt: Runtime) -> dict[str, str]:
+    """``{"trained_model": its folder}``."""
+    tensors = rt.trainer.export_base(POLICY)
+    folder = rt.run_dir / "model"
+    with rt.mesh.agree_on_error("writing the model"):
+        if rt.mesh.rank == 0:
+            save_model(folder, base=rt.base.model.path, tensors=tensors)
+    return {"trained_model": str(folder)}
 
 
 def steady_mean(history: Sequence[Mapping[str, float]], *names: str) -> float:

@@ -16,12 +16,13 @@ from framework.distributed import Mesh
 from framework.engine.base import RolloutEngine
 from framework.pair import Base, load_weights, open_base, open_pair, open_trainer
 from framework.probe import probe_delivery
+from framework.shared_weights import SharedWeights
 from framework.tracking import SilentTracker, Tracker
 from framework.trainer.base import Trainer
 from framework.weight_sync import WeightSync
 
 POLICY = "policy"
-"""Name of the one adapter that recipes train."""
+"""Name of the one adapter that recipes train, or of the base model where they train that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class SamplingRuntime(Runtime):
     """A runtime with an engine beside the trainer, for recipes that sample."""
 
     engine: RolloutEngine
-    weight_sync: WeightSync
+    weight_sync: WeightSync | SharedWeights
     sleeps: bool
     """The KV cache's memory is the trainer's while it trains."""
 
@@ -77,7 +78,7 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
     pair = open_pair(cfg, base, num_sequences=max(rollouts, evaluated))
     if pair.plan is not None and base.mesh.rank == 0:
         print(f"memory, {pair.plan}", flush=True)
-    if cfg.parity.probe:
+    if cfg.parity.probe and cfg.lora is not None and isinstance(pair.weight_sync, WeightSync):
         probe_delivery(
             pair.trainer, pair.engine, pair.weight_sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype
         )

@@ -20,7 +20,7 @@ from framework.config import RunConfig
 from framework.data.datasets import open_rows
 from framework.data.order import ShuffledOrder
 from framework.data.supervised import Preferences, length_report
-from framework.errors import DataError
+from framework.errors import ConfigError, DataError
 from framework.metrics import reduce_metrics
 from framework.progress import StopSignal, begin, end_step, finish, steady_mean
 from framework.runtime import POLICY, Runtime
@@ -30,6 +30,8 @@ from framework.types import Datum
 
 def run(cfg: RunConfig, rt: Runtime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    if cfg.lora is None:
+        raise ConfigError("lora=none: DPO compares with the base model, which full fine-tuning changes; use an adapter")
     rows = open_rows(cfg.data.name_or_path, split=cfg.data.split)
     data = Preferences(rows, rt.chat, max_tokens=cfg.data.max_tokens, too_long=cfg.data.too_long)
     num_train = len(data) - cfg.data.heldout_rows

@@ -49,8 +49,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
 def push_adapter(cfg: RunConfig, rt: SamplingRuntime, folder: Path) -> AdapterRef:
     """The folder's adapter, in the engine."""
     with rt.mesh.agree_on_error("reading the adapter"):
-        _, tensors = load_peft(folder)
-    rt.trainer.add_adapter(POLICY, cfg.lora, seed=cfg.seed)
+        spec, tensors = load_peft(folder)
+    rt.trainer.add_adapter(POLICY, spec, seed=cfg.seed)
     rt.trainer.import_adapter(POLICY, tensors)
     return rt.weight_sync.push(POLICY)
 

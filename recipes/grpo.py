@@ -38,6 +38,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
     cfg.rollout.check_replicas(rt.mesh.dp_size)
     algorithm = build_algorithm(cfg.algorithm, max_tokens=cfg.sampling.max_tokens)
+    check_reference(cfg, algorithm)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
     progress = begin(cfg, rt, ShuffledOrder(len(problems), seed=cfg.seed))
@@ -153,6 +154,19 @@ def split(datums: Sequence[Datum], count: int) -> tuple[tuple[Datum, ...], ...]:
     """``count`` runs of neighbours, as even as can be."""
     cuts = [len(datums) * i // count for i in range(count + 1)]
     return tuple(tuple(datums[start:end]) for start, end in pairwise(cuts))
+
+
+def check_reference(cfg: RunConfig, algorithm: Algorithm) -> None:
+    """Refuses a KL penalty against a base model that is trained away.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if cfg.lora is None and algorithm.needs_ref_logprobs:
+        raise ConfigError(
+            "lora=none trains the base model itself, so none is left for algorithm.kl_coef to compare with; set "
+            "algorithm.kl_coef=0, or train an adapter"
+        )
 
 
 def check_trainable(rt: SamplingRuntime, datums: Sequence[Datum], *, step: int) -> None:

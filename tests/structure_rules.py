@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
     ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing", "watchdog"),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
-    ("rollout", "evaluation", "weight_sync", "probe", "memory", "checkpoint", "config"),
+    ("rollout", "evaluation", "weight_sync", "shared_weights", "probe", "memory", "checkpoint", "config"),
     ("overrides", "parity", "pair"),
     ("runtime",),
     ("progress",),

@@ -101,6 +101,20 @@ class RolloutEngine(Protocol):
         """Takes it again, empty."""
 
 
+class SharedWeightsEngine(RolloutEngine, Protocol):
+    """An engine whose base weights somebody else may write into."""
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """This rank's base parameters by the layout's names: the very tensors the engine samples with."""
+
+    def adopt_weights(self, ref: AdapterRef) -> None:
+        """The base weights have become ``ref``: it is served from now on, no earlier one is, cached prefixes are gone.
+
+        Raises:
+            AdapterError: requests are in flight, which would go on with other weights than they began with.
+        """
+
+
 def check_request(request: SampleRequest, *, vocab_size: int, context_tokens: int, known: Container[str]) -> None:
     """What every engine refuses.
 

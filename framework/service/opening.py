@@ -14,6 +14,7 @@ from framework.service.launch import Backend, serve
 from framework.service.logs import set_up_logs
 from framework.service.service import Model
 from framework.service.settings import ServiceConfig
+from framework.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
             f"parallel.tensor_parallel_size={base.mesh.tp_size}; make them equal"
         )
     pair = open_pair(run, base, num_adapters=service.trainer_adapters, num_sequences=service.max_in_flight)
+    if not isinstance(pair.weight_sync, WeightSync):
+        raise ConfigError("lora=none: the service trains adapters; every weight can be trained by the recipes")
     return Backend(
         trainer=pair.trainer,
         engine=pair.engine,

@@ -66,7 +66,10 @@ class OptimResult:
 
 
 class Trainer(Protocol):
-    """Trains any number of adapters of one frozen base model."""
+    """Trains any number of adapters of one frozen base model, or that model itself.
+
+    What :meth:`train_base` names is trained, saved and loaded by the methods that take an adapter's name.
+    """
 
     @property
     def token_multiple(self) -> int:
@@ -82,6 +85,22 @@ class Trainer(Protocol):
     def remove_adapter(self, name: str) -> None: ...
 
     def adapters(self) -> Mapping[str, LoraSpec]: ...
+
+    def train_base(self, name: str) -> None:
+        """Full fine-tuning: ``name`` is the base model's own parameters from now on, which optim_step writes in place.
+
+        There are no adapters beside it, and no base model to compare with.
+
+        Raises:
+            AdapterError: there is an adapter.
+            ConfigError: this backend trains adapters only.
+        """
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """This rank's base parameters by the layout's names: the very tensors the forward pass reads."""
+
+    def export_base(self, name: str) -> Mapping[str, Tensor]:
+        """The whole weights by HF name, in their dtype, on the CPU of every rank."""
 
     def forward(self, name: str | None, batch: Batch) -> ForwardResult:
         """Logprobs and entropy without gradient; ``name=None`` is the base model, the adapter off."""

@@ -68,19 +68,39 @@ def peft_losses(cfg: RunConfig) -> list[float]:
             path = name.removeprefix("base_model.model.").partition(".lora_A")[0]
             a = init_a(path, rank=cfg.lora.rank, in_features=value.shape[1], seed=cfg.seed)
             value.data.copy_(a)
+    return _train(cfg, model, list(parameters.values()), tokenizer, rows, cfg.num_steps)
+
+
+def _train(
+    cfg: RunConfig,
+    model: Any,
+    parameters: list[torch.nn.Parameter],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    num_steps: int,
+) -> list[float]:
+    """AdamW on the rows in the framework's order."""
     opt = cfg.optimizer
-    adamw = torch.optim.AdamW(parameters.values(), lr=opt.learning_rate, eps=opt.eps, weight_decay=opt.weight_decay)
+    adamw = torch.optim.AdamW(parameters, lr=opt.learning_rate, eps=opt.eps, weight_decay=opt.weight_decay)
     order = ShuffledOrder(len(rows) - cfg.data.heldout_rows, seed=cfg.seed)
     losses = []
-    for _ in range(cfg.num_steps):
+    for _ in range(num_steps):
         batch = _collate(tokenizer, [rows[index]["messages"] for index in order.next(cfg.data.batch_size)])
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), opt.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, opt.max_grad_norm)
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def full_losses(cfg: RunConfig, *, num_steps: int) -> list[float]:
+    """The losses of each step of a full fine-tuning, by transformers."""
+    rows = [json.loads(line) for line in Path(cfg.data.name_or_path).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.name_or_path, dtype=torch.float32)
+    return _train(cfg, model, list(model.parameters()), tokenizer, rows, num_steps)
 
 
 def _collate(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ def _peft_name(name: str) -> str:
 
 
 def forward_backward(
-    model: peft.PeftModel, names: Sequence[str], datums: Sequence[Datum], *, temperature: float
+    model: peft.PeftModel | PreTrainedModel, names: Sequence[str], datums: Sequence[Datum], *, temperature: float
 ) -> Outcome:
     """Loss, gradient, logprobs and entropy of ``sum(-logprob * advantage - bonus * entropy) / scored tokens``."""
     total = torch.zeros(())
@@ -149,6 +149,38 @@ def train(
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
         optimizer.step()
     return losses, norms, {name: p.detach().clone() for name, p in zip(names, parameters, strict=True)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Of a full fine-tuning."""
+
+    losses: list[float]
+    norms: list[float]
+    """Before clipping."""
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    """By the checkpoint's names."""
+
+
+def train_base(
+    model: PreTrainedModel, batches: Sequence[Sequence[Datum]], params: AdamParams, *, temperature: float
+) -> Trained:
+    """One AdamW step on every weight per batch."""
+    model.requires_grad_(True)
+    named = dict(model.named_parameters())
+    start = {name: parameter.detach().clone() for name, parameter in named.items()}
+    betas = (params.beta1, params.beta2)
+    optimizer = torch.optim.AdamW(
+        named.values(), lr=params.learning_rate, betas=betas, eps=params.eps, weight_decay=params.weight_decay
+    )
+    losses, norms = [], []
+    for datums in batches:
+        losses.append(forward_backward(model, [], datums, temperature=temperature).loss)
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), params.max_grad_norm or float("inf")).item())
+        optimizer.step()
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    return Trained(losses=losses, norms=norms, start=start, weights=weights)
 
 
 def relative_difference(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -32,7 +32,7 @@ class VllmOptions:
     max_num_batched_tokens: int
     """Tokens one engine step may process."""
     max_adapters: int
-    """LoRA slots."""
+    """LoRA slots; 0 starts the engine without LoRA."""
     max_lora_rank: int
     """Largest rank a slot takes; rounded up to a width vLLM has kernels for."""
     lora_parents: tuple[str, ...]
@@ -73,7 +73,8 @@ class VllmEngine:
         self._watchdog = mesh.watchdog
         self._vocab_size: int = self._llm.model_config.get_vocab_size()
         self._max_model_len: int = self._llm.model_config.max_model_len
-        self._slots = internals.SlotTable(self._llm)
+        self._slots = internals.SlotTable(self._llm) if options.max_adapters else None
+        self._base_ref: AdapterRef | None = None
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
         self._in_flight: dict[str, SampleRequest] = {}
@@ -89,7 +90,7 @@ class VllmEngine:
     @property
     def max_adapters(self) -> int:
         """See the Protocol."""
-        return self._slots.num_slots
+        return 0 if self._slots is None else self._slots.num_slots
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -100,19 +101,38 @@ class VllmEngine:
         """This rank's base weights by the layout's names; on a CPU some are repacked and empty."""
         return internals.base_weights(internals.model_runner(self._llm).model)
 
+    def adopt_weights(self, ref: AdapterRef) -> None:
+        """See :meth:`SharedWeightsEngine.adopt_weights`."""
+        if self._in_flight:
+            raise AdapterError(
+                f"{ref} cannot be adopted: {len(self._in_flight)} requests still sample from the weights"
+            )
+        internals.forget_prefixes(self._llm)
+        self._base_ref = ref
+
     def load_adapter(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard]) -> None:
         """See :meth:`RolloutEngine.load_adapter`."""
+        slots = self._slot_table(ref)
         slot = self._free_slot(ref, spec)
         plan = self._plan_of.get((slot, spec.rank))
         if plan is None or plan.shards is not shards:
-            plan = self._plan_of[(slot, spec.rank)] = self._plan(ref, spec, shards, slot)
+            plan = self._plan_of[(slot, spec.rank)] = self._plan(ref, spec, shards, slots.rows(slot))
         plan.run()
-        self._slots.bind(slot, ref.version)
+        slots.bind(slot, ref.version)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
 
-    def _plan(self, ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard], slot: int) -> CopyPlan:
-        rows = self._slots.rows(slot)
+    def _slot_table(self, ref: AdapterRef) -> internals.SlotTable:
+        if self._slots is None:
+            raise AdapterError(
+                f"{ref}: the engine was started without LoRA (lora=none), there are no slots for adapters"
+            )
+        return self._slots
+
+    @staticmethod
+    def _plan(
+        ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard], rows: Mapping[str, internals.SlotRows]
+    ) -> CopyPlan:
         unknown = sorted(set(shards) - set(rows))
         if unknown:
             raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
@@ -121,10 +141,10 @@ class VllmEngine:
     def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
         if ref.version in self._slot_of:
             raise AdapterError(f"{ref} is already loaded; a version is never loaded twice")
-        if spec.rank > self._slots.max_rank:
+        max_rank = self._slot_table(ref).max_rank
+        if spec.rank > max_rank:
             raise AdapterError(
-                f"{ref} has rank {spec.rank}, the engine's slots take {self._slots.max_rank}; "
-                f"raise engine.max_lora_rank"
+                f"{ref} has rank {spec.rank}, the engine's slots take {max_rank}; raise engine.max_lora_rank"
             )
         taken = set(self._slot_of.values())
         free = next((slot for slot in range(self.max_adapters) if slot not in taken), None)
@@ -136,16 +156,16 @@ class VllmEngine:
 
     def read_adapter(self, ref: AdapterRef) -> Mapping[str, LoraShard]:
         """See :meth:`RolloutEngine.read_adapter`; every projection of the model, also those without an adapter."""
-        slot = self._slot(ref)
-        if self._slots.bound_id(slot) != ref.version:
-            module = self._slots.module_paths[0]
+        slot, slots = self._slot(ref), self._slot_table(ref)
+        if slots.bound_id(slot) != ref.version:
+            module = slots.module_paths[0]
             raise DeliveryError(
                 f"{ref}: {module} and all other modules are served from another version: slot {slot} was given to "
-                f"version {self._slots.bound_id(slot)}"
+                f"version {slots.bound_id(slot)}"
             )
         key = (slot, self._rank_of[ref.version].rank)
         if key not in self._read_of:
-            rows_of, rank = self._slots.rows(slot), key[1]
+            rows_of, rank = slots.rows(slot), key[1]
             self._read_of[key] = {path: LoraShard(a=r.a[:rank], b=r.b[:, :rank]) for path, r in rows_of.items()}
         return self._read_of[key]
 
@@ -154,7 +174,7 @@ class VllmEngine:
         users = [request_id for request_id, r in self._in_flight.items() if r.adapter == ref]
         if users:
             raise AdapterError(f"{ref} cannot be unloaded: requests {users[:4]} still sample from it")
-        self._slots.unbind(self._slot(ref))
+        self._slot_table(ref).unbind(self._slot(ref))
         del self._slot_of[ref.version], self._rank_of[ref.version]
 
     def _slot(self, ref: AdapterRef) -> int:
@@ -174,7 +194,7 @@ class VllmEngine:
         self._in_flight[request.request_id] = request
 
     def _lora_request(self, ref: AdapterRef | None) -> Any:
-        if ref is None:
+        if ref is None or ref == self._base_ref:
             return None
         from vllm.lora.request import LoRARequest
 
@@ -229,11 +249,6 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
-    if width is None:
-        raise ConfigError(
-            f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
-        )
     args = EngineArgs(
         model=str(model_path),
         dtype=str(dtype).removeprefix("torch."),
@@ -242,11 +257,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_model_len),
-        enable_lora=True,
-        max_loras=options.max_adapters,
-        max_cpu_loras=options.max_adapters,
-        max_lora_rank=width,
-        lora_target_modules=list(options.lora_parents),
+        **_lora_arguments(options),
         logprobs_mode="processed_logprobs",
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.enable_prefix_caching,
@@ -257,9 +268,32 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         kv_cache_memory_bytes=options.kv_cache_bytes,
         enable_sleep_mode=device.shares_weights,
         disable_log_stats=True,
+        hf_overrides=_head_dtype(device, dtype),
         seed=0,
     )
     return LLMEngine.from_engine_args(args)
+
+
+def _head_dtype(device: Device, dtype: torch.dtype) -> dict[str, str]:
+    """Logits in float32 where the trainer's are: the output layer's sums as they are, see Pointwise.logits."""
+    return {"head_dtype": "float32"} if device.compiles_kernels and dtype is not torch.float32 else {}
+
+
+def _lora_arguments(options: VllmOptions) -> dict[str, Any]:
+    if not options.max_adapters:
+        return {"enable_lora": False}
+    width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
+    if width is None:
+        raise ConfigError(
+            f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
+        )
+    return {
+        "enable_lora": True,
+        "max_loras": options.max_adapters,
+        "max_cpu_loras": options.max_adapters,
+        "max_lora_rank": width,
+        "lora_target_modules": list(options.lora_parents),
+    }
 
 
 def _params(sampling: SamplingParams, *, stream: bool) -> Any:

@@ -233,4 +233,9 @@ def restore_kv_cache(llm_engine: Any, device: Device) -> None:
         device.release_cached()
     executor = llm_engine.engine_core.engine_core.model_executor
     executor.driver_worker.wake_up(["kv_cache"])
-    assert llm_engine.reset_prefix_cache(), "vLLM kept its prefix cache over a sleep"
+    forget_prefixes(llm_engine)
+
+
+def forget_prefixes(llm_engine: Any) -> None:
+    """Empties the prefix cache: what its keys and values were made from is no more. Nothing may be in flight."""
+    assert llm_engine.reset_prefix_cache(), "vLLM kept its prefix cache"

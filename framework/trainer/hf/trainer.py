@@ -33,6 +33,8 @@ from framework.trainer.hf.adapter import HfAdapter
 from framework.trainer.hf.logprobs import logprobs_and_entropy, pad
 from framework.types import AdamParams
 
+ADAPTERS_ONLY = "trainer.backend=hf trains adapters only; lora=none needs trainer.backend=megatron"
+
 
 class HfTrainer:
     """Trains adapters of one frozen transformers model. The methods are those of the Protocol."""
@@ -94,6 +96,18 @@ class HfTrainer:
     def adapters(self) -> Mapping[str, LoraSpec]:
         """The adapters by name."""
         return {name: adapter.spec for name, adapter in self._adapters.items()}
+
+    def train_base(self, name: str) -> None:
+        """See :meth:`Trainer.train_base`."""
+        raise ConfigError(ADAPTERS_ONLY)
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """See :meth:`Trainer.base_weights`; transformers' parameters are not in the layout."""
+        raise ConfigError(ADAPTERS_ONLY)
+
+    def export_base(self, name: str) -> Mapping[str, Tensor]:
+        """See :meth:`Trainer.export_base`."""
+        raise ConfigError(ADAPTERS_ONLY)
 
     def forward(self, name: str | None, batch: Batch) -> ForwardResult:
         """See :meth:`Trainer.forward`."""

@@ -14,12 +14,10 @@ Everything is one flat vector, ordered so that what must be reduced and what mus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from framework.distributed import Mesh
@@ -29,7 +27,8 @@ from framework.lora.spec import LoraSpec
 from framework.models.layout import Projection, projections
 from framework.models.spec import ModelSpec
 from framework.trainer.base import LoraShard, OptimResult
-from framework.trainer.megatron.lora_linear import FactorSlice, ModuleFactors
+from framework.trainer.megatron.flat import FlatAdamW, all_gather_whole
+from framework.trainer.megatron.lora_linear import FactorSlice, LoraSwitch, ModuleFactors
 from framework.types import AdamParams
 
 
@@ -57,15 +56,13 @@ class AdapterState:
         self.projections = tuple(projections(model, spec.targets))
         self.a: dict[str, Piece] = {}
         self.b: dict[str, Piece] = {}
-        self._replicated, self._scaled, size = self._lay_out()
-        self.master = torch.zeros(size, device=device)
+        replicated, self._scaled, size = self._lay_out()
+        self._optimizer = FlatAdamW(size, mesh, device, summed=replicated, replicated=replicated)
+        self.master = self._optimizer.master
         self.grad = torch.zeros(size, device=device)
         self.weights = torch.zeros(size, dtype=dtype, device=device)
-        self.step = 0
         self.num_microbatches = 0
         """Trained on so far; every one has its own dropout masks."""
-        self._exp_avg = torch.zeros(size, device=device)
-        self._exp_avg_sq = torch.zeros(size, device=device)
         for p in self.projections:
             a = init_a(p.path, rank=spec.rank, in_features=p.in_features, seed=seed)
             self.a[p.path].view(self.master).copy_(a if p.column_parallel else self._columns(a))
@@ -157,48 +154,27 @@ class AdapterState:
         grad[self._scaled].mul_(self.spec.scale)
         self.grad.add_(grad)
 
+    def switch_on(self, switch: LoraSwitch, grad: Tensor | None) -> None:
+        """Makes the model's linears apply this adapter; a backward pass adds to ``grad`` (None: there will be none)."""
+        switch.modules = self.module_factors(self.grad if grad is None else grad)
+
+    def new_gradient(self) -> Tensor:
+        """Zeros, for one call's gradient with respect to ``weights``."""
+        return torch.zeros_like(self.grad)
+
+    def zero_grad(self) -> None:
+        """Forgets the accumulated gradient."""
+        self.grad.zero_()
+
     def optim_step(self, params: AdamParams) -> OptimResult:
-        """Sums the gradient over ranks, clips, steps AdamW, publishes, clears. All ranks of both groups must call.
+        """Steps AdamW, publishes, clears the gradient. All ranks of both groups must call.
 
         A gradient whose norm is not finite is dropped on every rank, and nothing else changes.
         """
-        if self.mesh.dp_size > 1:
-            dist.all_reduce(self.grad, group=self.mesh.dp_group)
-        if self.mesh.tp_size > 1:
-            dist.all_reduce(self.grad[self._replicated], group=self.mesh.tp_group)
-        norm = self._grad_norm()
-        if not math.isfinite(norm):
-            self.grad.zero_()
-            return OptimResult(grad_norm=norm, step=self.step)
-        if params.max_grad_norm > 0.0 and norm > params.max_grad_norm:
-            self.grad.mul_(params.max_grad_norm / (norm + 1e-6))
-        self.step += 1
-        torch._fused_adamw_(
-            [self.master],
-            [self.grad],
-            [self._exp_avg],
-            [self._exp_avg_sq],
-            [],
-            [torch.tensor(float(self.step), device=self.master.device)],
-            lr=params.learning_rate,
-            beta1=params.beta1,
-            beta2=params.beta2,
-            weight_decay=params.weight_decay,
-            eps=params.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        result = self._optimizer.step(self.grad, params)
         self.grad.zero_()
         self.publish()
-        return OptimResult(grad_norm=norm, step=self.step)
-
-    def _grad_norm(self) -> float:
-        replicated = self.grad[self._replicated].square().sum(dtype=torch.float64)
-        sharded = self.grad[: self._replicated.start].square().sum(dtype=torch.float64)
-        sharded = sharded + self.grad[self._replicated.stop :].square().sum(dtype=torch.float64)
-        if self.mesh.tp_size > 1:
-            dist.all_reduce(sharded, group=self.mesh.tp_group)
-        return float((replicated + sharded).sqrt())
+        return result
 
     def shards(self) -> dict[str, LoraShard]:
         """This rank's factors as the engine takes them, in module order; the same views every time."""
@@ -209,16 +185,13 @@ class AdapterState:
         whole: dict[str, Tensor] = {}
         for p in self.projections:
             a, b = self.a[p.path].view(self.master), self.b[p.path].view(self.master)
-            whole[f"{p.path}.lora_A.weight"] = (a if p.column_parallel else self._all_gather(a, dim=1)).cpu().clone()
-            whole[f"{p.path}.lora_B.weight"] = (self._all_gather(b, dim=0) if p.column_parallel else b).cpu().clone()
+            if p.column_parallel:
+                b = all_gather_whole(b, self.mesh, 0)
+            else:
+                a = all_gather_whole(a, self.mesh, 1)
+            whole[f"{p.path}.lora_A.weight"] = a.cpu().clone()
+            whole[f"{p.path}.lora_B.weight"] = b.cpu().clone()
         return whole
-
-    def _all_gather(self, local: Tensor, dim: int) -> Tensor:
-        if self.mesh.tp_size == 1:
-            return local
-        parts = [torch.empty_like(local) for _ in range(self.mesh.tp_size)]
-        dist.all_gather(parts, local.contiguous(), group=self.mesh.tp_group)
-        return torch.cat(parts, dim=dim)
 
     def scatter(self, whole: Mapping[str, Tensor]) -> None:
         """Overwrites the masters from whole factors, named as by :meth:`gather`; the optimizer starts fresh."""
@@ -226,9 +199,8 @@ class AdapterState:
             a, b = whole[f"{p.path}.lora_A.weight"], whole[f"{p.path}.lora_B.weight"]
             self.a[p.path].view(self.master).copy_(a if p.column_parallel else self._columns(a))
             self.b[p.path].view(self.master).copy_(self._rows(b) if p.column_parallel else b)
-        self.step = 0
-        for flat in (self.grad, self._exp_avg, self._exp_avg_sq):
-            flat.zero_()
+        self._optimizer.restart()
+        self.grad.zero_()
         self.publish()
 
     def whole_shapes(self) -> Iterable[tuple[str, tuple[int, int]]]:
@@ -240,7 +212,11 @@ class AdapterState:
     def state_dict(self) -> dict[str, Tensor]:
         """CPU copies of everything that a resumed run needs."""
         state = {name: flat.detach().cpu().clone() for name, flat in self._flats().items()}
-        return {**state, "step": torch.tensor(self.step), "num_microbatches": torch.tensor(self.num_microbatches)}
+        return {
+            **state,
+            "step": torch.tensor(self._optimizer.num_steps),
+            "num_microbatches": torch.tensor(self.num_microbatches),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`.
@@ -260,7 +236,7 @@ class AdapterState:
                 )
         for name, flat in flats.items():
             flat.copy_(state[name])
-        self.step = int(state["step"])
+        self._optimizer.num_steps = int(state["step"])
         self.num_microbatches = int(state["num_microbatches"])
         self.publish()
 
@@ -268,6 +244,6 @@ class AdapterState:
         return {
             "master": self.master,
             "grad": self.grad,
-            "exp_avg": self._exp_avg,
-            "exp_avg_sq": self._exp_avg_sq,
+            "exp_avg": self._optimizer.exp_avg,
+            "exp_avg_sq": self._optimizer.exp_avg_sq,
         }

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from framework.trainer.megatron.pointwise import Heads, Pointwise, VocabGradient, VocabStats
+from framework.trainer.megatron.pointwise import Heads, Pointwise, VocabGradient, VocabStats, turn
 
 
 @triton.jit
@@ -63,7 +63,14 @@ class _RmsNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         block = triton.next_power_of_2(n)
         _rms_norm_backward[(x.numel() // n,)](x, weight, dy, dx, n, ctx.eps, BLOCK=block, num_warps=_warps(block))
-        return dx, None, None
+        return dx, _norm_weight_gradient(x, dy, weight, ctx.eps) if ctx.needs_input_grad[1] else None, None
+
+
+def _norm_weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``[n]``: the sum over rows of dy times the normalised x. Plain torch: only training the base model needs it."""
+    x32 = x.float()
+    rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (dy * x32).mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def _warps(block: int) -> int:
@@ -219,7 +226,14 @@ class _NormRotate(torch.autograd.Function):
         _norm_rotate_backward[(len(qkv), heads.query + 2 * heads.kv)](
             qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dx, heads.eps, **_shape(heads, ctx.norm)
         )
-        return dx, None, None, None, None, None, None
+        if not (ctx.norm and ctx.needs_input_grad[1]):
+            return dx, None, None, None, None, None, None
+        q, k, _ = qkv.unflatten(1, (-1, heads.dim)).split([heads.query, heads.kv, heads.kv], dim=1)
+        weight_gradients = (
+            _norm_weight_gradient(x, turn(dy.float(), cos.float(), sin.float(), sign=-1.0), weight, heads.eps)
+            for x, dy, weight in ((q, dq, q_weight), (k, dk, k_weight))
+        )
+        return dx, *weight_gradients, None, None, None, None
 
 
 def _shape(heads: Heads, norm: bool) -> dict[str, Any]:
@@ -278,38 +292,49 @@ def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabSta
 
 @triton.jit
 def _vocab_gradient(  # type: ignore[no-untyped-def]
-    z_ptr, target_ptr, log_z_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr, rows, inverse_temperature,
+    z_ptr, out_ptr, target_ptr, log_z_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr, rows, inverse_temperature,
     BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     position = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < rows
-    place = z_ptr + position.to(tl.int64) * rows + column
-    z = tl.load(place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
+    place = position.to(tl.int64) * rows + column
+    z = tl.load(z_ptr + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
     grad_logprobs = tl.load(grad_logprobs_ptr + position)
     grad_entropy = tl.load(grad_entropy_ptr + position)
     log_p = z - tl.load(log_z_ptr + position)
     grad = -tl.exp(log_p) * (grad_logprobs + grad_entropy * (log_p + tl.load(entropy_ptr + position)))
     grad += tl.where(column == tl.load(target_ptr + position), grad_logprobs, 0.0)
-    tl.store(place, grad * inverse_temperature, mask=inside)
+    tl.store(out_ptr + place, grad * inverse_temperature, mask=inside)
 
 
-def vocab_gradient(logits: Tensor, targets: Tensor, temperature: float, parts: VocabGradient) -> Tensor:
-    """See :attr:`Pointwise.vocab_gradient`; overwrites the logits."""
+def vocab_gradient(
+    logits: Tensor, targets: Tensor, temperature: float, parts: VocabGradient, dtype: torch.dtype
+) -> Tensor:
+    """See :attr:`Pointwise.vocab_gradient`; overwrites logits of the same dtype."""
     logits = logits.contiguous()
+    out = logits if logits.dtype is dtype else torch.empty_like(logits, dtype=dtype)
     n, rows = logits.shape
     per_position = (parts.log_z, parts.entropy, parts.grad_logprobs, parts.grad_entropy)
     _vocab_gradient[(n, triton.cdiv(rows, 4096))](
-        logits, targets, *(x.contiguous() for x in per_position), rows, 1.0 / temperature, BLOCK=4096, num_warps=8
+        logits, out, targets, *(x.contiguous() for x in per_position), rows, 1.0 / temperature, BLOCK=4096, num_warps=8
     )
-    return logits
+    return out
+
+
+def logits_in_float32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """See :attr:`Pointwise.logits`: the product's sums as they are, without rounding them."""
+    if hidden.dtype is torch.float32:
+        return hidden @ weight.t()
+    return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
 
 KERNELS = Pointwise(
     rms_norm=_RmsNorm.apply,
     swiglu=_Swiglu.apply,
     norm_and_rotate=norm_and_rotate,
+    logits=logits_in_float32,
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
-    chunk_bytes=640 * 2**20,
+    chunk_bytes=320 * 2**20,
 )

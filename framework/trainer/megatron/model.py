@@ -72,7 +72,7 @@ def build_model(context: LayerContext, dtype: torch.dtype) -> GPTModel:
     return model
 
 
-def bind_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> Tensor:
+def bind_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Makes the model's weights these very tensors, without copying.
 
     Args:
@@ -80,13 +80,14 @@ def bind_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> Tensor:
         weights: this rank's shard by the layout's names; every one must be used.
 
     Returns:
-        The output layer's ``[padded_vocab / tp, hidden]`` weight; the embedding's when they are tied.
+        The tensors that the model now computes with, by the same names: the leaves of a backward pass that trains them.
     """
     remaining = dict(weights)
     embedding = remaining.pop(EMBEDDING.name)
-    model.embedding.word_embeddings.weight = nn.Parameter(embedding, requires_grad=False)
+    parameter = nn.Parameter(embedding, requires_grad=False)  # Megatron's module takes nothing else
+    model.embedding.word_embeddings.weight = parameter
     model.decoder.final_layernorm.weight = remaining.pop(FINAL_NORM.name)
-    head = remaining.pop(LM_HEAD.name, embedding)
+    remaining.pop(LM_HEAD.name, None)
     for name, tensor in remaining.items():
         module_path, _, attribute = name.removeprefix("model.layers.").rpartition(".")
         setattr(model.decoder.layers.get_submodule(module_path), attribute, tensor)
@@ -96,4 +97,4 @@ def bind_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> Tensor:
         if "weight" in module._buffers and module._buffers["weight"] is None
     ]
     assert not unbound, f"weights without a tensor: {unbound}"
-    return head
+    return {**weights, EMBEDDING.name: parameter}

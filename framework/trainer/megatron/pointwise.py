@@ -62,10 +62,13 @@ class Pointwise:
     norm_and_rotate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Heads], tuple[Tensor, ...]]
     """(qkv ``[T, rows]``, q and k norm weights ``[dim]`` or None, cos and sin ``[T, 1, dim]``, heads) to
     q ``[T, query, dim]``, k and v ``[T, kv, dim]``; sin has its first half negated."""
+    logits: Callable[[Tensor, Tensor], Tensor]
+    """(hidden ``[n, hidden]``, weight ``[rows, hidden]``) to ``[n, rows]``; float32 where that costs nothing, because a
+    bfloat16 logit between 16 and 32 is a multiple of 1/8. The engine's logits must be rounded alike."""
     vocab_stats: Callable[[Tensor, Tensor, float], VocabStats]
-    """(logits ``[n, rows]`` compute dtype, targets ``[n]`` int64 local row or out of range, temperature)."""
-    vocab_gradient: Callable[[Tensor, Tensor, float, VocabGradient], Tensor]
-    """(logits, targets, temperature, parts) to ``[n, rows]`` compute dtype; may overwrite the logits."""
+    """(logits ``[n, rows]``, targets ``[n]`` int64 local row or out of range, temperature)."""
+    vocab_gradient: Callable[[Tensor, Tensor, float, VocabGradient, torch.dtype], Tensor]
+    """(logits, targets, temperature, parts, dtype) to ``[n, rows]`` of that dtype; may overwrite the logits."""
     chunk_bytes: int
     """Of one chunk's fp32 logits on a rank."""
 
@@ -73,7 +76,7 @@ class Pointwise:
 class _RmsNorm(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps), keeping x as it came and r. With g = dy w:
 
-    dx = r g - x r^3 mean(g x)
+    dx = r g - x r^3 mean(g x),  dw = sum over rows of dy x r
     """
 
     @staticmethod
@@ -87,8 +90,9 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         x32, g = x.float(), grads[0] * weight.float()
+        dw = (grads[0] * x32).mul_(r).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         inner = (g * x32).sum(dim=-1, keepdim=True).mul_(r**3 / x.shape[-1])
-        return g.mul_(r).addcmul_(x32, inner, value=-1.0).to(x.dtype), None, None
+        return g.mul_(r).addcmul_(x32, inner, value=-1.0).to(x.dtype), dw, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -117,15 +121,16 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, sign=1.0)
+        return turn(x, cos, sin, sign=1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, sign=-1.0), None, None
+        return turn(grads[0], cos, sin, sign=-1.0), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+    """Rotates by the plan's angles, or with ``sign=-1`` back."""
     half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
@@ -174,7 +179,9 @@ def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabSta
     return VocabStats(top=top, total=total, weighted=z.mul_(p).sum(dim=1) * total, picked=picked)
 
 
-def vocab_gradient(logits: Tensor, targets: Tensor, temperature: float, parts: VocabGradient) -> Tensor:
+def vocab_gradient(
+    logits: Tensor, targets: Tensor, temperature: float, parts: VocabGradient, dtype: torch.dtype
+) -> Tensor:
     """See :attr:`Pointwise.vocab_gradient`."""
     log_p = _scaled(logits, temperature).sub_(parts.log_z[:, None])
     if parts.grad_entropy.any():
@@ -184,13 +191,14 @@ def vocab_gradient(logits: Tensor, targets: Tensor, temperature: float, parts: V
         grad = log_p.exp_().mul_(-parts.grad_logprobs[:, None])
     rows = torch.nonzero((targets >= 0) & (targets < grad.shape[1])).squeeze(1)
     grad[rows, targets[rows]] += parts.grad_logprobs[rows]
-    return (grad if temperature == 1.0 else grad.div_(temperature)).to(logits.dtype)
+    return (grad if temperature == 1.0 else grad.div_(temperature)).to(dtype)
 
 
 PLAIN = Pointwise(
     rms_norm=rms_norm,
     swiglu=swiglu,
     norm_and_rotate=norm_and_rotate,
+    logits=lambda hidden, weight: hidden @ weight.t(),
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
     chunk_bytes=24 * 2**20,  # stays in the cache, and below the size that malloc takes from the kernel each time

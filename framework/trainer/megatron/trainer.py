@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from framework.device import HOST, Device
 from framework.distributed import Mesh
 from framework.errors import AdapterError, ConfigError, DataError
 from framework.lora.spec import LoraSpec
+from framework.models.layout import EMBEDDING, LM_HEAD
 from framework.models.spec import ModelSpec
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
 from framework.trainer.megatron import compat
 from framework.trainer.megatron.adapter import AdapterState
 from framework.trainer.megatron.attention import inverse_frequencies, plan
+from framework.trainer.megatron.base_state import BaseState
 from framework.trainer.megatron.layers import LayerContext
 from framework.trainer.megatron.logprobs import VocabShard, logprobs_and_entropy
 from framework.trainer.megatron.lora_linear import LoraSwitch
@@ -74,19 +77,20 @@ class MegatronTrainer:
             pointwise=_pointwise(device),
         )
         self._model = build_model(context, dtype)
-        head = bind_weights(self._model, weights)
-        start = mesh.tp_rank * len(head)
-        rows = min(max(spec.vocab_size - start, 0), len(head))
+        self._weights = bind_weights(self._model, weights)
+        self._head = self._weights.get(LM_HEAD.name, self._weights[EMBEDDING.name])
+        start = mesh.tp_rank * len(self._head)
+        rows = min(max(spec.vocab_size - start, 0), len(self._head))
         self._vocab = VocabShard(
-            weight=head[:rows],
+            weight=self._head[:rows],
             start=start,
-            padded_rows=len(head),
+            padded_rows=len(self._head),
             group=mesh.tp_group,
             group_size=mesh.tp_size,
             pointwise=context.pointwise,
         )
         self._frequencies = inverse_frequencies(spec).to(device.torch_device)
-        self._adapters: dict[str, AdapterState] = {}
+        self._states: dict[str, AdapterState | BaseState] = {}
 
     @property
     def token_multiple(self) -> int:
@@ -95,22 +99,40 @@ class MegatronTrainer:
 
     def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> None:
         """See :meth:`Trainer.add_adapter`."""
-        if name in self._adapters:
+        if name in self._states:
             raise AdapterError(f"the trainer already has an adapter named {name!r}")
+        self._refuse_without_base("an adapter")
         if spec.rank > self.spec.hidden_size:
             raise AdapterError(f"lora.rank={spec.rank} exceeds the model's hidden size {self.spec.hidden_size}")
-        self._adapters[name] = AdapterState(
+        self._states[name] = AdapterState(
             self.spec, spec, self.mesh, seed=seed, dtype=self.dtype, device=self.device.torch_device
         )
 
     def remove_adapter(self, name: str) -> None:
-        """Frees the adapter's state."""
+        """Frees its state."""
         self._state(name)
-        del self._adapters[name]
+        del self._states[name]
 
     def adapters(self) -> Mapping[str, LoraSpec]:
         """The adapters by name."""
-        return {name: state.spec for name, state in self._adapters.items()}
+        return {name: state.spec for name, state in self._states.items() if isinstance(state, AdapterState)}
+
+    def train_base(self, name: str) -> None:
+        """See :meth:`Trainer.train_base`."""
+        if self._states:
+            raise AdapterError(f"the base model cannot be trained beside {sorted(self._states)}, which are made for it")
+        self._states[name] = BaseState(self.spec, self._weights, self.mesh, sequence_parallel=self.sequence_parallel)
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """See :meth:`Trainer.base_weights`."""
+        return self._weights
+
+    def export_base(self, name: str) -> Mapping[str, Tensor]:
+        """See :meth:`Trainer.export_base`."""
+        state = self._state(name)
+        if not isinstance(state, BaseState):
+            raise AdapterError(f"{name!r} is an adapter: export_adapter gives its factors, the base model is unchanged")
+        return state.export()
 
     def forward(self, name: str | None, batch: Batch) -> ForwardResult:
         """See :meth:`Trainer.forward`."""
@@ -125,7 +147,7 @@ class MegatronTrainer:
     def forward_backward(self, name: str, batch: Batch, loss_fn: LossFn) -> ForwardBackwardResult:
         """See :meth:`Trainer.forward_backward`."""
         state = self._state(name)
-        grad = torch.zeros_like(state.grad)
+        grad = state.new_gradient()
         loss, metrics = 0.0, dict[str, Metric]()
         results: list[tuple[Microbatch, Tensor, Tensor]] = []
         with self._adapter_on(name, grad=grad):
@@ -157,19 +179,19 @@ class MegatronTrainer:
 
     def zero_grad(self, name: str) -> None:
         """Forgets the accumulated gradient."""
-        self._state(name).grad.zero_()
+        self._state(name).zero_grad()
 
     def adapter_shards(self, name: str) -> Mapping[str, LoraShard]:
         """See :meth:`Trainer.adapter_shards`."""
-        return self._state(name).shards()
+        return self._adapter(name).shards()
 
     def export_adapter(self, name: str) -> Mapping[str, npt.NDArray[np.float32]]:
         """See :meth:`Trainer.export_adapter`."""
-        return {key: tensor.numpy() for key, tensor in self._state(name).gather().items()}
+        return {key: tensor.numpy() for key, tensor in self._adapter(name).gather().items()}
 
     def import_adapter(self, name: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """See :meth:`Trainer.import_adapter`."""
-        state = self._state(name)
+        state = self._adapter(name)
         expected = dict(state.whole_shapes())
         if set(expected) != set(tensors):
             odd = sorted(set(expected) ^ set(tensors))
@@ -219,8 +241,8 @@ class MegatronTrainer:
         count = len(input_ids)
         offsets = torch.tensor([0, count], dtype=torch.int32)
         with torch.no_grad(), self._adapter_on(name, grad=None):
-            hidden = self._hidden(input_ids, torch.arange(count), offsets, count)
-            local = (hidden[positions] @ self._vocab.weight.t()).float()
+            hidden = self._hidden(input_ids, torch.arange(count), offsets, count)[positions]
+            local = self._vocab.pointwise.logits(hidden, self._vocab.weight).float()
         if self.mesh.tp_size == 1:
             return local
         width = self._vocab.padded_rows
@@ -228,17 +250,31 @@ class MegatronTrainer:
         parts = mappings.gather_from_tensor_model_parallel_region(padded, group=self.mesh.tp_group)
         return parts[:, : self.spec.vocab_size]
 
-    def _state(self, name: str) -> AdapterState:
-        if name not in self._adapters:
-            raise AdapterError(f"the trainer has no adapter named {name!r}; it has {sorted(self._adapters)}")
-        return self._adapters[name]
+    def _state(self, name: str) -> AdapterState | BaseState:
+        if name not in self._states:
+            raise AdapterError(f"the trainer has no adapter named {name!r}; it has {sorted(self._states)}")
+        return self._states[name]
+
+    def _adapter(self, name: str) -> AdapterState:
+        state = self._state(name)
+        if isinstance(state, BaseState):
+            raise AdapterError(f"{name!r} is the base model itself under training (lora=none), not an adapter")
+        return state
+
+    def _refuse_without_base(self, wanted: str) -> None:
+        trained = next((name for name, state in self._states.items() if isinstance(state, BaseState)), None)
+        if trained is not None:
+            raise AdapterError(
+                f"{wanted} needs the base model as it was, but {trained!r} trains its weights in place (lora=none)"
+            )
 
     @contextmanager
     def _adapter_on(self, name: str | None, *, grad: Tensor | None) -> Iterator[None]:
         """Switches an adapter on for the block; ``grad`` is where a backward pass inside it adds to."""
-        if name is not None:
-            state = self._state(name)
-            self._switch.modules = state.module_factors(state.grad if grad is None else grad)
+        if name is None:
+            self._refuse_without_base("a forward pass without an adapter")
+        else:
+            self._state(name).switch_on(self._switch, grad)
         self._switch.training = grad is not None
         try:
             yield
@@ -284,7 +320,8 @@ class MegatronTrainer:
         )
         device = hidden.device
         scored, targets = microbatch.scored.to(device), microbatch.target_ids.to(device)
-        return logprobs_and_entropy(hidden.index_select(0, scored), targets, self._vocab, temperature)
+        vocab = replace(self._vocab, weight=self._head[: len(self._vocab.weight)])  # anew: a graph is made once
+        return logprobs_and_entropy(hidden.index_select(0, scored), targets, vocab, temperature)
 
     def _loss_inputs(self, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
         device = logprobs.device

@@ -93,7 +93,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_live_for_a_chunk_only(dtype: torch.dtype, mesh: Mesh) -> None:
     """No operation makes more than a chunk's logits, and none are kept: hidden states and targets, log Z, entropy, and
-    the logprobs' derivative by the hidden states."""
+    the logprobs' derivative by the hidden states (and the output layer, which is there anyway)."""
     hidden, weight, targets = problem(dtype)
     hidden.requires_grad_()
     kept: list[Tensor] = []
@@ -105,7 +105,7 @@ def test_logits_live_for_a_chunk_only(dtype: torch.dtype, mesh: Mesh) -> None:
     part = shard(weight, mesh, chunk=5)
     with LargestTensor(VOCAB) as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logprobs, entropy = logprobs_and_entropy(hidden, targets, part, 0.9)
-    shapes = [(POSITIONS, HIDDEN), (POSITIONS,), (POSITIONS,), (POSITIONS,), (POSITIONS, HIDDEN)]
+    shapes = [(POSITIONS, HIDDEN), (VOCAB, HIDDEN), (POSITIONS,), (POSITIONS,), (POSITIONS,), (POSITIONS, HIDDEN)]
     assert [tuple(t.shape) for t in kept] == shapes
     assert seen.elements == 5 * VOCAB
     with LargestTensor(VOCAB) as seen:

@@ -1,0 +1,286 @@
+"""Where does the difference between the trainer's logprobs and the engine's come from?
+
+Real weights, bf16, tokens sampled at temperature 1. First end to end: mean |difference| and gen_kl_error with one part
+of the trainer after the other replaced by the engine's own kernel, and the engine against itself (a prompt read at once
+against the same tokens decoded one by one). Then part by part: each of the trainer's functions on the engine's own
+inputs, the fraction of elements that come out bit for bit the same.
+
+    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.agreement --out out/ --model folder [--batch-invariant]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import report
+from benchmarks.gpu.pair import batch_of, open_pair
+from framework.algorithms.mismatch import measure_mismatch
+from framework.algorithms.supervised import CrossEntropy
+from framework.engine.base import SampleRequest, generate
+from framework.lora.spec import LoraSpec
+from framework.runtime import POLICY, SamplingRuntime
+from framework.types import AdamParams, AdapterRef, Completion, Prompt, SamplingParams
+
+TASKS = ("Write a short story about", "Explain to a child", "List five facts about", "Write a poem about")
+TOPICS = (
+    "the sea", "a clockmaker", "photosynthesis", "the moon", "bread", "bicycles", "winter", "a library",
+    "volcanoes", "chess", "bees", "an old train", "the number zero", "a garden", "the violin", "maps",
+)  # fmt: skip
+TOKENS = 128
+
+
+def prompts_of(rt: SamplingRuntime) -> dict[str, list[list[int]]]:
+    """64 instructions in the model's chat template; 64 runs of 48 random tokens."""
+    chat = [[{"role": "user", "content": f"{task} {topic}."}] for task in TASKS for topic in TOPICS]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, min(rt.base.spec.vocab_size, 40000), (64, 48), generator=generator).tolist()
+    return {"chat": [list(rt.chat.prompt(messages).token_ids) for messages in chat], "random tokens": noise}
+
+
+def requests(prompts: Sequence[Sequence[int]], ref: AdapterRef | None, **sampling: Any) -> list[SampleRequest]:
+    params = SamplingParams(**{"max_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True, **sampling})
+    return [
+        SampleRequest(request_id=f"{i}", prompt=Prompt(token_ids=tuple(p)), sampling=params, adapter=ref)
+        for i, p in enumerate(prompts)
+    ]
+
+
+def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    mismatch = measure_mismatch(ours, theirs)
+    means = {name.removeprefix("parity/"): float(m.sum) / float(m.count) for name, m in mismatch.means.items()}
+    far = (ours - theirs).abs()
+    return {**means, "within 1e-5": float((far < 1e-5).float().mean()), "max": float(far.max())}
+
+
+def trained(rt: SamplingRuntime, prompts: list[list[int]], done: tuple[Completion, ...], name: str | None) -> Tensor:
+    return torch.from_numpy(np.concatenate(rt.trainer.forward(name, batch_of(prompts, done)).logprobs))
+
+
+def decoded(done: Sequence[Completion]) -> Tensor:
+    return torch.tensor([x for c in done for x in c.sampling_logprobs])
+
+
+def prefilled(
+    rt: SamplingRuntime, prompts: list[list[int]], done: Sequence[Completion], ref: AdapterRef | None
+) -> Tensor:
+    """The engine's logprobs of the same tokens, read as a prompt."""
+    whole = [list(p) + list(c.token_ids) for p, c in zip(prompts, done, strict=True)]
+    scored = generate(rt.engine, requests(whole, ref, max_tokens=1, temperature=0.0, prompt_logprobs=True))
+    values = [c.prompt_logprobs[len(p) :] for p, c in zip(prompts, scored, strict=True)]  # type: ignore[index]
+    return torch.tensor([x for row in values for x in row], dtype=torch.float32)
+
+
+@contextmanager
+def attribute(place: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def engine_attention(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
+    """The engine's FlashAttention 3, without splits."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    lengths = {"cu_seqlens_q": packed.cu_seqlens, "cu_seqlens_k": packed.cu_seqlens}
+    longest = {"max_seqlen_q": packed.max_seqlen, "max_seqlen_k": packed.max_seqlen}
+    out = flash_attn_varlen_func(q, k, v, **lengths, **longest, causal=True, num_splits=1, fa_version=3)
+    return out.flatten(1)
+
+
+def engine_swiglu(gate_up: Tensor) -> Tensor:
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    torch.ops._C.silu_and_mul(out, gate_up.contiguous())
+    return out
+
+
+def engine_norm(module: Any, x: Tensor) -> Tensor:
+    """What the engine computes at this norm: the first one alone, the others fused with the residual's sum."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
+
+    x = x.contiguous()
+    if getattr(module, "first", False):
+        if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+            return rms_norm_batch_invariant(x, module.weight, module.eps)
+        out = torch.empty_like(x)
+        ops.rms_norm(out, x, module.weight, module.eps)
+        return out
+    out = torch.zeros_like(x)
+    ops.fused_add_rms_norm(out, x.clone(), module.weight, module.eps)
+    return out
+
+
+def engine_rotation(model: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """Its kernel and its table; the model has no norms of q and k."""
+    rotary = model.model.layers[0].self_attn.rotary_emb
+
+    def norm_and_rotate(qkv: Tensor, qw: Any, kw: Any, cos: Tensor, sin: Tensor, heads: Any) -> tuple[Tensor, ...]:
+        q, k, v = qkv.split([heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim], dim=1)
+        q, k = rotary(POSITIONS["now"], q.contiguous(), k.contiguous())
+        return tuple(x.contiguous().unflatten(1, (-1, heads.dim)) for x in (q, k, v))
+
+    return norm_and_rotate
+
+
+POSITIONS: dict[str, Tensor] = {}
+"""Of the microbatch that the trainer is working on; its own rotation gets angles instead."""
+
+
+def engine_linear(self: Any, x: Tensor) -> Tensor:
+    """The product as the engine makes it: batch-invariant where that is on; the adapter as the fused path makes it."""
+    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+
+    invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+    product = linear_batch_invariant if invariant else torch.nn.functional.linear
+    factors = self.switch.modules.get(self.path)
+    y = product(x, self.weight)
+    if factors is None:
+        return y
+    u = product(x, factors.a_all)
+    for part in factors.slices:
+        delta = (u[:, part.columns].float() @ part.b.float().t()).to(y.dtype)
+        y[:, part.rows] += delta
+    return y
+
+
+def trainer_parts(rt: SamplingRuntime, model: Any) -> dict[str, Callable[[], Any]]:
+    """Each replaces one part of the trainer's forward pass by the engine's, as a context."""
+    from framework.trainer.megatron import layers, lora_linear
+
+    trainer: Any = rt.trainer
+    modules = list(trainer._model.modules())
+    trainer._model.decoder.layers[0].input_layernorm.first = True
+    kernels = trainer._vocab.pointwise
+
+    @contextmanager
+    def pointwise(**parts: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in modules:
+                if hasattr(module, "pointwise"):
+                    stack.enter_context(attribute(module, "pointwise", replace(module.pointwise, **parts)))
+            yield
+
+    def plan(positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        POSITIONS["now"] = positions
+        return original_plan(positions, *args, **kwargs)
+
+    from framework.trainer.megatron import trainer as trainer_module
+
+    original_plan = trainer_module.plan
+    trainer_module.plan = plan
+    assert kernels is not None
+    return {
+        "attention": lambda: attribute(layers, "attend", engine_attention),
+        "norms": lambda: attribute(layers.RMSNorm, "forward", engine_norm),
+        "swiglu": lambda: pointwise(swiglu=engine_swiglu),
+        "rotation": lambda: pointwise(norm_and_rotate=engine_rotation(model)),
+        "linears": lambda: attribute(lora_linear.ParallelLinear, "local_product", engine_linear),
+    }
+
+
+def end_to_end(rt: SamplingRuntime, model: Any, ref: AdapterRef | None, prompts: list[list[int]]) -> dict[str, Any]:
+    """Of sampled tokens: the engine against itself, the trainer as it is, and with the engine's parts."""
+    name = None if ref is None else POLICY
+    done = generate(rt.engine, requests(prompts, ref))
+    sampled = decoded(done)
+    figures: dict[str, Any] = {"tokens": len(sampled)}
+    figures["engine, read at once against decoded"] = compare(prefilled(rt, prompts, done, ref), sampled)
+    figures["trainer"] = compare(trained(rt, prompts, done, name), sampled)
+    parts = trainer_parts(rt, model)
+    for what, part in parts.items():
+        with part():
+            figures[f"trainer with the engine's {what}"] = compare(trained(rt, prompts, done, name), sampled)
+    with ExitStack() as stack:
+        for part in parts.values():
+            stack.enter_context(part())
+        figures["trainer with all of these"] = compare(trained(rt, prompts, done, name), sampled)
+    for what, values in figures.items():
+        print("   ", what, values, flush=True)
+    return figures
+
+
+@contextmanager
+def invariant_logits(rt: SamplingRuntime, model: Any) -> Iterator[None]:
+    """Both sides' output layer by vLLM's batch-invariant product, which rounds to bf16."""
+    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+
+    trainer: Any = rt.trainer
+    same = replace(trainer._vocab.pointwise, logits=linear_batch_invariant)
+    processor = getattr(model.logits_processor, "base_layer", model.logits_processor)
+    with ExitStack() as stack:
+        stack.enter_context(attribute(processor, "head_dtype", None))
+        stack.enter_context(attribute(trainer, "_vocab", replace(trainer._vocab, pointwise=same)))
+        yield
+
+
+def half_logits(rt: SamplingRuntime, model: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Both sides with logits rounded to bf16, as they were before; the base model."""
+    trainer: Any = rt.trainer
+    rounded = replace(trainer._vocab.pointwise, logits=lambda hidden, weight: hidden @ weight.t())
+    processor = getattr(model.logits_processor, "base_layer", model.logits_processor)
+    with ExitStack() as stack:
+        stack.enter_context(attribute(processor, "head_dtype", None))
+        stack.enter_context(attribute(trainer, "_vocab", replace(trainer._vocab, pointwise=rounded)))
+        done = generate(rt.engine, requests(prompts, None))
+        return compare(trained(rt, prompts, done, None), decoded(done))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--name", default="agreement")
+    args = parser.parse_args()
+    if args.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    rt = open_pair(args.model, args.out, 32, eager=not args.graphs, recompute="full")
+    engine: Any = rt.engine
+    from benchmarks.gpu.agreement_parts import part_by_part, runner_model
+
+    model = runner_model(engine)
+    sets = prompts_of(rt)
+    figures: dict[str, Any] = {}
+    if args.batch_invariant:
+        invariant_logits(rt, model).__enter__()  # to the end of the process
+    if not args.graphs:
+        figures["part by part"] = part_by_part(rt, model, sets["chat"][0])
+    for what, prompts in sets.items():
+        figures[f"{what}, bf16 logits"] = half_logits(rt, model, prompts)
+        print(what, "bf16 logits", figures[f"{what}, bf16 logits"], flush=True)
+        print(what, "base", flush=True)
+        figures[f"{what}, base"] = end_to_end(rt, model, None, prompts)
+    rt.trainer.add_adapter(POLICY, LoraSpec(rank=32), seed=0)
+    prompts = sets["chat"]
+    batch = batch_of(prompts, generate(rt.engine, requests(prompts, None)))
+    steps = 0
+    for target in (0, 1, args.steps):
+        while steps < target:
+            rt.trainer.forward_backward(POLICY, batch, CrossEntropy())
+            rt.trainer.optim_step(POLICY, AdamParams(learning_rate=1e-4))
+            steps += 1
+        ref = rt.weight_sync.push(POLICY)
+        for what, mine in sets.items():
+            print(what, "step", steps, flush=True)
+            figures[f"{what}, step {steps}"] = end_to_end(rt, model, ref, mine)
+        report.write(args.out / f"{args.name}.json", figures)
+    os._exit(0)  # vLLM's teardown takes long and says nothing
+
+
+if __name__ == "__main__":
+    main()

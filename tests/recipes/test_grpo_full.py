@@ -1,0 +1,100 @@
+"""``lora=none`` with an engine: one copy of the weights, which the optimizer writes and the engine samples with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from framework.models.tiny import make_tiny_model
+from tests.fakes import tiny_tokenizer
+from tests.ranks import run_ranks
+from tests.recipes.resume_scenario import steps_of
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch; ``folder`` is where its runs are."""
+    folder: Path = tmp_path_factory.mktemp("full")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n * n)}]}
+        for n in range(40)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = make_tiny_model(
+        folder / "model",
+        family="qwen3",
+        tokenizer_path=folder / "tokenizer",
+        hidden_size=256,
+        head_dim=64,
+        ffn_size=512,
+        dtype=torch.bfloat16,
+    )
+    (seen,) = run_ranks(
+        "tests.recipes.full_scenario:on_an_accelerator",
+        folder / "out",
+        nproc=1,
+        timeout_s=240,
+        model=model,
+        rows=folder / "rows.jsonl",
+        run_dir=folder / "runs",
+    )
+    return {**seen, "folder": folder}
+
+
+def distance(first: Any, second: Any) -> float:
+    return float(np.abs(first - second).mean())
+
+
+def test_after_the_steps_the_engine_has_the_trainers_new_logprobs_and_not_the_old(run: dict[str, Any]) -> None:
+    start, trained = run["start"], run["trained"]
+    assert distance(start["engine"], start["trainer"]) <= 0.01
+    assert distance(trained["engine"], trained["trainer"]) <= 0.01
+    assert distance(trained["engine"], start["engine"]) > 0.1
+    assert distance(trained["trainer"], start["trainer"]) > 0.1
+
+
+def test_what_is_added_to_the_weights_is_masters_and_moments(run: dict[str, Any]) -> None:
+    """Three fp32 numbers per parameter; the gradient is freed by the step, the weights are the engine's."""
+    assert 11.9 <= run["bytes per parameter"] <= 13.5
+
+
+def test_every_step_is_a_version_and_samples_agree(run: dict[str, Any]) -> None:
+    steps = steps_of(run["folder"] / "runs" / "grpo")
+    assert sorted(steps) == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert steps[step]["parity/logprob_abs_diff_mean"] <= 0.02
+        assert steps[step]["optim/grad_norm"] > 0
+    assert [steps[step]["sync/version"] for step in (1, 2)] == [2.0, 3.0]
+
+
+def test_a_step_without_a_push_is_noticed_and_an_old_version_refused(run: dict[str, Any]) -> None:
+    assert "the weights have changed since they were pushed" in run["step without push"]
+    assert "is not loaded" in run["old version"]
+
+
+def test_a_resumed_run_makes_the_same_step_again(run: dict[str, Any]) -> None:
+    assert run["resumed"]["from step"] == 2
+    assert distance(run["resumed"]["trainer"], run["trained"]["trainer"]) <= 0.02
+    assert distance(run["resumed"]["engine"], run["resumed"]["trainer"]) <= 0.01
+
+
+def test_the_exported_model_is_the_trained_one(run: dict[str, Any]) -> None:
+    summary = json.loads((run["folder"] / "runs" / "grpo" / "summary.json").read_text())
+    start = load_file(run["folder"] / "model" / "model.safetensors")
+    trained = load_file(Path(summary["trained_model"]) / "model.safetensors")
+    assert all(not torch.equal(trained[name], start[name]) for name in trained if name in start)
+    assert all(tensor.dtype is torch.bfloat16 for tensor in trained.values())
+
+
+def test_sft_lowers_the_held_out_loss(run: dict[str, Any]) -> None:
+    summary = json.loads((run["folder"] / "runs" / "sft" / "summary.json").read_text())
+    assert summary["eval/loss_end"] < summary["eval/loss_start"] - 0.1

@@ -216,7 +216,8 @@ def main() -> None:
         run = read(cfg, folder, " ".join([command, *(["--", *args.overrides] if args.overrides else [])]), versions())
         path.write_text(json.dumps(asdict(run), indent=1) + "\n")
     runs = [Run(**json.loads(path.read_text())) for path in paths.values() if path.is_file()]
-    write(sorted(runs, key=lambda run: args.algorithms.index(run.algorithm)), args.page, args.figure)
+    runs.sort(key=lambda run: (args.algorithms.index(run.algorithm), run.seed))
+    write(runs, args.page, args.figure)
     print(table(runs))
 
 

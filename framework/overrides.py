@@ -6,12 +6,19 @@ Hydra's own messages for these speak of struct flags and defaults lists, and com
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from framework.config import flatten, nearest, schema
 from framework.errors import ConfigError
 
 FREE = ("environment.args.", "environment.reward_args.")
 """Sections whose keys are an environment's or a reward's own; checked where it is made."""
+
+WITH_VALUE = frozenset(
+    {"--cfg", "-c", "--info", "-i", "--package", "-p"}
+    | {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun"}
+)
+"""Hydra's options whose value is an argument of its own, as in ``--cfg job``."""
 
 
 def with_prefixes(arguments: Sequence[str], groups: Iterable[str]) -> list[str]:
@@ -46,8 +53,8 @@ def check_overrides(
     """
     defaults = schema()
     known = set(flatten(defaults)) | set(defaults) | set(groups)
-    for argument in arguments:
-        if argument.startswith("-"):
+    for before, argument in pairwise(["", *arguments]):
+        if argument.startswith("-") or before in WITH_VALUE:
             continue
         if "=" not in argument and not argument.startswith("~"):
             raise ConfigError(f"{argument!r} is not key=value{nearest(argument.lstrip('+'), known)}")

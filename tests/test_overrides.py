@@ -32,7 +32,16 @@ def test_what_is_misspelt_or_useless_is_refused(argument: str, message: str) -> 
 
 def test_what_is_known_or_free_is_accepted() -> None:
     arguments = ["+recipe=grpo", "algorithm=gspo", "algorithm.clip_high=0.3", "+environment.args.size=3", "--help"]
-    arguments += ["environment=gsm8k", "hydra.run.dir=x", "+environment.reward_args.power=2", "algorithm.loss=a.b"]
+    arguments += [
+        "--cfg",
+        "job",
+        "-c",
+        "all",
+        "environment=gsm8k",
+        "hydra.run.dir=x",
+        "+environment.reward_args.power=2",
+        "algorithm.loss=a.b",
+    ]
     assert check_overrides(arguments, GROUPS, unused_sections=("data",)) is None
 
 

@@ -166,3 +166,11 @@ def test_an_adapter_of_another_shape_names_the_keys(tmp_path: Path, model: Path)
 def _losses(tmp_path: Path) -> list[float]:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row["eval/loss"] for row in rows if "eval/loss" in row]
+
+
+def test_the_resolved_configuration_is_printed(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, "lora.rank=12", "algorithm=gspo", "--cfg", "job")
+    assert code == 0
+    assert "rank: 12" in output
+    assert "max_tokens_per_microbatch:" in output
+    assert not (tmp_path / "run").exists()

@@ -143,7 +143,8 @@ def make_datums(
     as it sampled, where they are used."""
     datums = algorithm.datums(groups)
     sources: dict[str, str | None] = {"ref_logprobs": None} if algorithm.needs_ref_logprobs else {}
-    sources |= {"proximal_logprobs": POLICY} if cfg.rollout.max_lag else {}
+    if cfg.rollout.max_lag:
+        sources["proximal_logprobs"] = POLICY
     for name, adapter in sources.items():
         with timer.phase("reference"):
             logprobs = rt.trainer.forward(adapter, batch_of(cfg, rt, algorithm, datums, ref)).logprobs

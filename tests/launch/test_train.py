@@ -142,8 +142,8 @@ def test_a_full_disk_at_export_leaves_nothing_half_written(tmp_path: Path, model
         ),
         (
             "algorithm=gpso",
-            "unknown algorithm in 'algorithm=gpso'; did you mean 'gspo'?; one of cispo, dapo, dr_grpo, grpo, gspo, ppo, "
-            "reinforce_pp, reinforce_pp_baseline, rloo",
+            "unknown algorithm in 'algorithm=gpso'; did you mean 'gspo'?; one of cispo, dapo, dr_grpo, grpo, gspo, "
+            "ppo, reinforce_pp, reinforce_pp_baseline, rloo",
         ),
         (
             "environment=gsm8k1",

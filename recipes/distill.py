@@ -39,6 +39,7 @@ Teacher = Callable[[Sequence[Datum]], ForwardResult]
 
 def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    cfg.rollout.check_replicas(rt.mesh.dp_size)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
     teacher = teacher_of(cfg, rt)

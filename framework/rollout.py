@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from framework.algorithms.base import Metric
+from framework.algorithms.reward_shaping import is_informative
 from framework.engine.base import RolloutEngine, SampleRequest
 from framework.environments.base import Problems
 from framework.environments.episodes import Leader, Plan
@@ -137,7 +138,7 @@ def collect_filtered(
             break
         indices = draw(wanted)
         result = collect_round(indices, rounds)
-        kept.extend(group for group in result.groups if max(group.rewards) > min(group.rewards))
+        kept.extend(group for group in result.groups if is_informative(group))
         metrics = add_metrics(metrics, result.metrics)
         drawn += len(indices)
         rounds += 1

@@ -37,7 +37,8 @@ class EvaluationResult:
     """Mean over problems of the fraction of rollouts that solved it; equals pass@1."""
     accuracy_low: float
     accuracy_high: float
-    """95% interval over problems: Wilson's with one rollout per problem, else of the mean's normal approximation."""
+    """95% interval over problems: Wilson's with one rollout per problem, else of the mean's normal approximation, or
+    again Wilson's where all problems have the same fraction."""
     pass_at_k: dict[int, float]
     """k to pass@k, for k = 1, 2, 4, ... up to ``num_samples``."""
     reward_mean: float
@@ -160,7 +161,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4)."""
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -170,10 +171,15 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
 
 
 def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, float]:
-    """Mean plus and minus z standard errors, cut to [0, 1]; (0, 1) for a single value, which says nothing."""
+    """Mean plus and minus z standard errors, cut to [0, 1]; (0, 1) for a single value, which says nothing.
+
+    Values that are all equal have no standard error, and 0 of 16 is not surely 0: theirs is Wilson's interval.
+    """
     n = len(values)
     if n == 1:
         return 0.0, 1.0
+    if min(values) == max(values):
+        return wilson_interval(values[0] * n, n, z)
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
     return max(0.0, mean - z * error), min(1.0, mean + z * error)

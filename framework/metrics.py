@@ -47,20 +47,24 @@ def reduce_metrics(
     parts: Iterable[Mapping[str, Metric]],
     *,
     global_sum: Callable[[list[float]], list[float]] = lambda values: values,
+    gather: Callable[[list[str]], list[list[str]]] = lambda names: [names],
 ) -> dict[str, float]:
     """Means over all microbatches and ranks: the one place where a sum is divided by its count.
 
     Args:
         parts: one mapping per microbatch or call of this rank.
-        global_sum: adds equally long lists elementwise over the data-parallel group. Called once; every rank of the
-            group must call with the same metric names.
+        global_sum: adds equally long lists elementwise over the data-parallel group. Called once by every rank.
+        gather: every rank's names; for parts whose names may differ between ranks, such as an environment's metrics,
+            which not every rollout has. Without it all ranks must have the same names.
 
     Returns:
         Name to mean, sorted by name; a metric whose count is 0 everywhere is left out.
     """
     merged = merge_metrics(parts)
-    names = sorted(merged)
-    flat = [float(value) for name in names for value in (merged[name].sum, merged[name].count)]
+    names = sorted(set().union(*gather(sorted(merged))))
+    absent = Metric(sum=0.0, count=0.0)
+    mine = [merged.get(name, absent) for name in names]
+    flat = [float(value) for metric in mine for value in (metric.sum, metric.count)]
     summed = global_sum(flat)
     assert len(summed) == len(flat), "global_sum must return as many numbers as it was given"
     pairs = zip(names, summed[0::2], summed[1::2], strict=True)

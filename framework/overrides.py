@@ -38,20 +38,19 @@ def _with_prefix(argument: str, groups: set[str]) -> str:
     return prefix + argument.lstrip("+") if prefix or key in groups or key == "resume" else argument
 
 
-def check_overrides(
-    arguments: Sequence[str], groups: Mapping[str, Iterable[str]], unused_sections: Iterable[str] = ()
-) -> None:
+def check_overrides(arguments: Sequence[str], groups: Mapping[str, Iterable[str]], unused: Iterable[str] = ()) -> None:
     """Refuses a misspelt or useless key or choice on the command line, before Hydra sees it.
 
     Args:
         arguments: e.g. ``["+recipe=grpo", "algorithm=gspo", "optimizer.learning_rate=1e-3"]``.
         groups: folders of ``conf/``, which may be set without a dot, and the names of the files in each.
-        unused_sections: sections the chosen recipe does not read.
+        unused: sections and keys that the chosen recipe does not read.
 
     Raises:
         ConfigError: naming the key or the choice, and the nearest one that exists.
     """
     defaults = schema()
+    refused = set(unused)
     known = set(flatten(defaults)) | set(defaults) | set(groups)
     for before, argument in pairwise(["", *arguments]):
         if argument.startswith("-") or before in WITH_VALUE:
@@ -64,8 +63,10 @@ def check_overrides(
             continue
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in {argument!r}{nearest(key, known)}")
-        if key.partition(".")[0] in set(unused_sections):
-            raise ConfigError(f"{argument!r}: this recipe does not use the section {key.partition('.')[0]!r}")
+        section = key.partition(".")[0]
+        if section in refused or key in refused:
+            what = f"the section {section!r}" if section in refused else f"{key!r}"
+            raise ConfigError(f"{argument!r}: this recipe does not use {what}")
         if key in groups and value not in groups[key]:
             choices = sorted(groups[key])
             raise ConfigError(f"unknown {key} in {argument!r}{nearest(value, choices)}; one of {', '.join(choices)}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from framework.algorithms.base import Metric
+from framework.algorithms.reward_shaping import is_informative
 from framework.engine.base import RolloutEngine, SampleRequest
 from framework.environments.base import Problems
 from framework.environments.episodes import Leader, Plan
@@ -109,34 +110,41 @@ def collect_filtered(
     *,
     num_groups: int,
     max_rounds: int,
+    largest: Callable[[int], int] = lambda value: value,
 ) -> CollectResult:
     """Dynamic sampling with refill: only groups whose rewards differ count (DAPO, Yu et al. 2025, eq. 11).
 
+    All replicas draw alike, as many as the one that lacks most, so that they stay at one place of the data set.
+
     Args:
         collect_round: ``(indices, attempt) -> CollectResult``, a :func:`collect` with everything else bound.
-        draw: the next n problem indices, the same on every rank.
-        num_groups: how many groups to return.
+        draw: the next n problem indices of this replica; it advances every replica's order alike.
+        num_groups: how many groups to return, on each replica.
         max_rounds: after so many rounds fewer are returned.
+        largest: the maximum of a number over all replicas; every rank calls it the same number of times.
 
     Raises:
-        EnvironmentFailure: after ``max_rounds`` not one group has rewards that differ.
+        EnvironmentFailure: after ``max_rounds`` a replica has not one group whose rewards differ; on every rank.
     """
     kept: list[RolloutGroup] = []
     metrics: dict[str, Metric] = {}
     drawn = 0
     rounds = 0
-    while rounds < max_rounds and len(kept) < num_groups:
-        missing = num_groups - len(kept)
+    while rounds < max_rounds:
+        missing = max(0, num_groups - len(kept))
         rate = max(len(kept), 1) / drawn if drawn else 1.0
-        indices = draw(min(num_groups, math.ceil(missing / rate)))
+        wanted = largest(min(num_groups, math.ceil(missing / rate)))
+        if not wanted:
+            break
+        indices = draw(wanted)
         result = collect_round(indices, rounds)
-        kept.extend(group for group in result.groups if max(group.rewards) > min(group.rewards))
+        kept.extend(group for group in result.groups if is_informative(group))
         metrics = add_metrics(metrics, result.metrics)
         drawn += len(indices)
         rounds += 1
-    if not kept:
+    if largest(int(not kept)):
         raise EnvironmentFailure(
-            f"dynamic sampling: in {rounds} rounds none of {drawn} groups has rewards that differ; "
+            f"dynamic sampling: in {rounds} rounds none of {drawn} groups of a replica has rewards that differ; "
             "the task is too easy or too hard for this model, or the group size too small"
         )
     metrics["rollout/filter_kept_fraction"] = Metric(sum=float(len(kept)), count=float(drawn))

@@ -18,7 +18,7 @@ class Recipe:
 
     run: Callable[[RunConfig], None]
     unused: tuple[str, ...]
-    """Sections of the configuration that it does not read; setting a key in one is an error."""
+    """Sections and keys of the configuration that it does not read; setting one is an error."""
 
 
 def _evaluate(cfg: RunConfig) -> None:
@@ -29,14 +29,31 @@ def _evaluate(cfg: RunConfig) -> None:
 SAMPLING = ("environment", "engine", "sampling", "rollout", "parity")
 """Sections of recipes with an engine."""
 
+TABLES = ("evaluation.num_samples", "evaluation.adapter", "evaluation.environments")
+"""Of the recipe evaluate; the others evaluate greedily on their own environment."""
+WITHOUT_GROUPS = ("rollout.max_refills", "rollout.max_lag")
+"""Of the recipe grpo."""
+
 RECIPES: dict[str, Recipe] = {
-    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "distill")),
-    "sft": Recipe(run=lambda cfg: sft.run(cfg, open_training(cfg)), unused=(*SAMPLING, "algorithm", "dpo", "distill")),
-    "dpo": Recipe(run=lambda cfg: dpo.run(cfg, open_training(cfg)), unused=(*SAMPLING, "algorithm", "distill")),
-    "distill": Recipe(run=lambda cfg: distill.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "algorithm")),
+    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "distill", *TABLES)),
+    "sft": Recipe(
+        run=lambda cfg: sft.run(cfg, open_training(cfg)),
+        unused=(*SAMPLING, "algorithm", "dpo", "distill", "evaluation.num_problems", *TABLES),
+    ),
+    "dpo": Recipe(
+        run=lambda cfg: dpo.run(cfg, open_training(cfg)),
+        unused=(*SAMPLING, "algorithm", "distill", "evaluation.num_problems", *TABLES),
+    ),
+    "distill": Recipe(
+        run=lambda cfg: distill.run(cfg, open_sampling(cfg)),
+        unused=("data", "dpo", "algorithm", *TABLES, *WITHOUT_GROUPS),
+    ),
     "evaluate": Recipe(
         run=_evaluate,
-        unused=("data", "dpo", "distill", "algorithm", "optimizer", "parity", "checkpoint", "lora"),
+        unused=(
+            *("data", "dpo", "distill", "algorithm", "optimizer", "parity", "checkpoint", "lora"),
+            *("num_steps", "init_adapter", "evaluation.every", *WITHOUT_GROUPS),
+        ),
     ),
 }
 

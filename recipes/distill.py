@@ -39,6 +39,7 @@ Teacher = Callable[[Sequence[Datum]], ForwardResult]
 
 def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    cfg.rollout.check_replicas(rt.mesh.dp_size)
     problems = build_problems(cfg.environment, rt.chat, split="train", seed=cfg.seed)
     heldout = build_problems(cfg.environment, rt.chat, split="heldout", seed=cfg.seed)
     teacher = teacher_of(cfg, rt)
@@ -69,7 +70,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             ref = rt.weight_sync.push(POLICY)
         with timer.phase("wake"):
             rt.wake()
-        metrics = reduce_metrics([result.metrics, loss.metrics], global_sum=rt.mesh.global_sum)
+        parts = [result.metrics, loss.metrics]
+        metrics = reduce_metrics(parts, global_sum=rt.mesh.global_sum, gather=rt.mesh.all_gather)
         total_loss, num_tokens = rt.mesh.global_sum([loss.loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
         metrics |= {"optim/grad_norm": optim.grad_norm, "optim/learning_rate": adam.learning_rate}

@@ -18,7 +18,7 @@ from framework.algorithms.preference import dpo_pair_loss
 from framework.batching import Batch, make_batch
 from framework.config import RunConfig
 from framework.data.datasets import open_rows
-from framework.data.order import ShuffledOrder
+from framework.data.order import ShuffledOrder, first_rows
 from framework.data.supervised import Preferences, length_report
 from framework.errors import ConfigError, DataError
 from framework.metrics import reduce_metrics
@@ -40,7 +40,8 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
             f"{cfg.data.name_or_path} has {len(data)} rows and data.heldout_rows={cfg.data.heldout_rows} are set "
             f"aside; what is left is less than one batch of data.batch_size={cfg.data.batch_size}"
         )
-    progress = begin(cfg, rt, ShuffledOrder(num_train, seed=cfg.seed))
+    order = ShuffledOrder(num_train, seed=cfg.seed, blocks=first_rows(data.blocks, num_train))
+    progress = begin(cfg, rt, order)
     heldout = with_reference(cfg, rt, pairs(data, range(num_train, len(data))))
     stop = StopSignal()
     if heldout and not progress.evaluations:

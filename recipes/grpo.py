@@ -72,7 +72,8 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
                 ref = rt.weight_sync.push(POLICY)
         with timer.phase("wake"):
             rt.wake()
-        metrics = reduce_metrics([result.metrics, seen, *(x.metrics for x in losses)], global_sum=rt.mesh.global_sum)
+        parts = [result.metrics, seen, *(loss.metrics for loss in losses)]
+        metrics = reduce_metrics(parts, global_sum=rt.mesh.global_sum, gather=rt.mesh.all_gather)
         mean_loss = sum(loss.loss for loss in losses) / len(losses)
         total_loss, num_tokens = rt.mesh.global_sum([mean_loss, float(sum(len(d.token_ids) for d in datums))])
         metrics |= {**parity, **timer.seconds, "time/step_s": timer.total(), "loss/total": total_loss}
@@ -126,6 +127,7 @@ def sample(
         draw,
         num_groups=num_groups,
         max_rounds=rollout.max_refills,
+        largest=lambda value: max(mesh.all_gather(value)),
     )
 
 
@@ -141,7 +143,8 @@ def make_datums(
     as it sampled, where they are used."""
     datums = algorithm.datums(groups)
     sources: dict[str, str | None] = {"ref_logprobs": None} if algorithm.needs_ref_logprobs else {}
-    sources |= {"proximal_logprobs": POLICY} if cfg.rollout.max_lag else {}
+    if cfg.rollout.max_lag:
+        sources["proximal_logprobs"] = POLICY
     for name, adapter in sources.items():
         with timer.phase("reference"):
             logprobs = rt.trainer.forward(adapter, batch_of(cfg, rt, algorithm, datums, ref)).logprobs

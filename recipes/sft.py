@@ -13,7 +13,7 @@ from framework.algorithms.supervised import CrossEntropy
 from framework.batching import Batch, make_batch
 from framework.config import RunConfig
 from framework.data.datasets import open_rows
-from framework.data.order import ShuffledOrder
+from framework.data.order import ShuffledOrder, first_rows
 from framework.data.supervised import Demonstrations, length_report
 from framework.errors import DataError
 from framework.metrics import reduce_metrics
@@ -38,7 +38,8 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
             f"aside; nothing is left to train on"
         )
     heldout = [data.datum(index) for index in range(num_train, len(data))]
-    progress = begin(cfg, rt, ShuffledOrder(num_train, seed=cfg.seed))
+    order = ShuffledOrder(num_train, seed=cfg.seed, blocks=first_rows(data.blocks, num_train))
+    progress = begin(cfg, rt, order)
     stop = StopSignal()
     if heldout and not progress.evaluations:
         progress.evaluations.append(evaluate(cfg, rt, heldout, step=0))

@@ -63,6 +63,8 @@ def test_mean_interval_by_hand() -> None:
     assert mean_interval([0.25, 0.5, 0.5, 0.75]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
     assert mean_interval([0.0, 0.0, 1.0, 1.0])[0] >= 0.0
     assert mean_interval([0.5]) == (0.0, 1.0)
+    assert mean_interval([0.0] * 16) == pytest.approx((0.0, 0.193608), abs=1e-6)  # Wilson's z^2 / (16 + z^2)
+    assert mean_interval([1.0] * 16) == pytest.approx((1.0 - 0.193608, 1.0), abs=1e-6)
 
 
 def group(*rewards: float) -> RolloutGroup:

@@ -36,6 +36,22 @@ def test_ranks_are_added_in_one_call_in_the_order_of_names() -> None:
     assert calls == [[1.0, 1.0, 3.0, 2.0]]
 
 
+def test_what_only_another_rank_measured_is_in_the_mean_and_in_its_place() -> None:
+    """This rank has reward/env/a and time/x_s, the other reward/env/b and time/x_s: the lists must line up."""
+    sent: list[list[float]] = []
+
+    def with_another_rank(values: list[float]) -> list[float]:
+        sent.append(values)
+        return [a + b for a, b in zip(values, [0.0, 0.0, 6.0, 2.0, 3.0, 1.0], strict=True)]
+
+    parts = [{"reward/env/a": Metric(sum=1.0, count=2.0), "time/x_s": Metric(sum=1.0, count=1.0)}]
+    means = reduce_metrics(
+        parts, global_sum=with_another_rank, gather=lambda names: [names, ["reward/env/b", "time/x_s"]]
+    )
+    assert sent == [[1.0, 2.0, 0.0, 0.0, 1.0, 1.0]]
+    assert means == {"reward/env/a": 0.5, "reward/env/b": 3.0, "time/x_s": 2.0}
+
+
 def test_what_nothing_was_counted_for_has_no_mean() -> None:
     assert reduce_metrics([{"loss/kl": Metric(sum=0.0, count=0.0)}]) == {}
 

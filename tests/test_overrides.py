@@ -19,6 +19,7 @@ GROUPS = {"algorithm": ["grpo", "gspo", "rloo"], "recipe": ["grpo", "dpo"], "env
         ("optimiser.learning_rate=1", "unknown key 'optimiser.learning_rate'.*did you mean 'optimizer.learning_rate'?"),
         ("num_step=3", "did you mean 'num_steps'?"),
         ("data.batch_size=3", "does not use the section 'data'"),
+        ("rollout.max_lag=1", "'rollout.max_lag=1': this recipe does not use 'rollout.max_lag'"),
         ("+algorithm=gpso", "did you mean 'gspo'?"),
         ("algorithm.clip_hihg=0.3", "did you mean 'algorithm.clip_high'?"),
         ("grpo", "'grpo' is not key=value"),
@@ -27,22 +28,14 @@ GROUPS = {"algorithm": ["grpo", "gspo", "rloo"], "recipe": ["grpo", "dpo"], "env
 )
 def test_what_is_misspelt_or_useless_is_refused(argument: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", "\\?")):
-        check_overrides(["+recipe=grpo", argument], GROUPS, unused_sections=("data",))
+        check_overrides(["+recipe=grpo", argument], GROUPS, unused=("data", "rollout.max_lag"))
 
 
 def test_what_is_known_or_free_is_accepted() -> None:
     arguments = ["+recipe=grpo", "algorithm=gspo", "algorithm.clip_high=0.3", "+environment.args.size=3", "--help"]
-    arguments += [
-        "--cfg",
-        "job",
-        "-c",
-        "all",
-        "environment=gsm8k",
-        "hydra.run.dir=x",
-        "+environment.reward_args.power=2",
-        "algorithm.loss=a.b",
-    ]
-    assert check_overrides(arguments, GROUPS, unused_sections=("data",)) is None
+    arguments += ["--cfg", "job", "-c", "all"]
+    arguments += ["environment=gsm8k", "hydra.run.dir=x", "+environment.reward_args.power=2", "algorithm.loss=a.b"]
+    assert check_overrides(arguments, GROUPS, unused=("data", "rollout.max_lag")) is None
 
 
 def test_keys_get_the_signs_that_hydra_wants() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -83,8 +85,40 @@ def test_dynamic_sampling_is_bounded() -> None:
     result, asked = filtered({0: good, **dict.fromkeys(range(1, 99), flat)}, num_groups=2, max_rounds=3)
     assert [len(indices) for indices, _ in asked] == [2, 2, 2]
     assert [g.problem_id for g in result.groups] == ["0"]
-    with pytest.raises(EnvironmentFailure, match="in 3 rounds none of 6 groups has rewards that differ"):
+    with pytest.raises(EnvironmentFailure, match="in 3 rounds none of 6 groups of a replica has rewards that differ"):
         filtered(dict.fromkeys(range(99), flat), num_groups=2, max_rounds=3)
+
+
+def test_replicas_draw_alike_whatever_they_keep() -> None:
+    """Replica 0 keeps everything at once, replica 1 every second group: both draw as replica 1 must."""
+    flat, good = (1.0, 1.0), (0.0, 1.0)
+    meeting, said = threading.Barrier(2, timeout=10.0), [0, 0]
+    drawn: list[list[int]] = [[], []]
+
+    def replica(rank: int) -> CollectResult:
+        def largest(value: int) -> int:
+            said[rank] = value
+            meeting.wait()
+            result = max(said)
+            meeting.wait()
+            return result
+
+        def collect_round(indices: Sequence[int], attempt: int) -> CollectResult:
+            groups = tuple(group(*(flat if rank and index % 2 else good), name=str(index)) for index in indices)
+            return CollectResult(groups=groups, metrics={})
+
+        def draw(count: int) -> Sequence[int]:
+            start = sum(drawn[rank])
+            drawn[rank].append(count)
+            return range(start, start + count)
+
+        return collect_filtered(collect_round, draw, num_groups=4, max_rounds=5, largest=largest)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(replica, range(2))
+    assert drawn == [[4, 4], [4, 4]]
+    assert [g.problem_id for g in first.groups] == ["0", "1", "2", "3"]
+    assert [g.problem_id for g in second.groups] == ["0", "2", "4", "6"]
 
 
 def test_sample_rows_are_text() -> None:

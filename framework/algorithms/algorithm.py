@@ -55,10 +55,6 @@ class Algorithm:
     overlong_buffer_tokens: int
     overlong_factor: float
 
-    def keep_group(self, group: RolloutGroup) -> bool:
-        """False for a group to be discarded and sampled again (dynamic sampling)."""
-        return not self.dynamic_sampling or is_informative(group)
-
     def datums(self, groups: Sequence[RolloutGroup]) -> tuple[Datum, ...]:
         """One datum per rollout, in order, with ``sampling_logprobs``; filtered rollouts have no trained token."""
         rollouts = rollouts_of(groups)

@@ -11,7 +11,7 @@ d_t = logprobs_t - sampling_logprobs_t over all trained tokens,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +46,4 @@ def measure_mismatch(logprobs: Tensor, sampling_logprobs: Tensor) -> Mismatch:
             "parity/token_mult_prob_error": Metric(sum=float(torch.exp(diff.abs()).sum()), count=count),
         },
         maxima={"parity/logprob_abs_diff_max": float(diff.abs().max()) if len(diff) else 0.0},
-    )
-
-
-def merge_mismatches(parts: Sequence[Mismatch]) -> Mismatch:
-    """The mismatch of several parts of a batch, as if measured at once. At least one part."""
-    return Mismatch(
-        means={
-            key: Metric(
-                sum=sum(part.means[key].sum for part in parts), count=sum(part.means[key].count for part in parts)
-            )
-            for key in parts[0].means
-        },
-        maxima={key: max(part.maxima[key] for part in parts) for key in parts[0].maxima},
     )

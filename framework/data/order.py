@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +125,17 @@ class ShuffledOrder:
         starts = [0, *cuts[:-1]]
         pools = [blocks[start:cut] for start, cut in zip(starts, cuts, strict=True)]
         return pools, ends[np.asarray(cuts) - 1]
+
+
+def first_rows(blocks: Sequence[int] | None, count: int) -> Sequence[int] | None:
+    """Lengths of the blocks of a data set's first ``count`` rows, the last one cut where they end.
+
+    Example: ``first_rows([4, 4, 4], 6) == [4, 2]``; None stays None.
+    """
+    if blocks is None:
+        return None
+    ends = list(accumulate(blocks, initial=0))
+    return [min(end, count) - start for start, end in pairwise(ends) if start < count]
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.RandomState:

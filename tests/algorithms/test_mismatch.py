@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from framework.algorithms.base import Metric
-from framework.algorithms.mismatch import measure_mismatch, merge_mismatches
+from framework.algorithms.mismatch import measure_mismatch
 from tests.algorithms.loss_cases import peer, recorded
 
 
@@ -43,14 +43,3 @@ def test_gen_kl_error_against_verl() -> None:
     mismatch = measure_mismatch(record["logprobs"][mask], record["sampling_logprobs"][mask])
     expected = peer("verl")["parity/gen_kl_error"]["value"]
     assert mean(mismatch.means["parity/gen_kl_error"]) == pytest.approx(expected)
-
-
-def test_parts_merge_to_the_whole() -> None:
-    """Also with an empty part, as a microbatch of filtered rollouts is."""
-    logprobs, sampling = torch.tensor([-1.0, -2.0, -0.3]), torch.tensor([-1.2, -1.1, -0.31])
-    whole = measure_mismatch(logprobs, sampling)
-    parts = [measure_mismatch(logprobs[a:b], sampling[a:b]) for a, b in ((0, 1), (1, 1), (1, 3))]
-    merged = merge_mismatches(parts)
-    for key, metric in whole.means.items():
-        assert mean(merged.means[key]) == pytest.approx(mean(metric))
-    assert merged.maxima == whole.maxima

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from framework.data.order import DataPosition, ShuffledOrder
+from framework.data.order import DataPosition, ShuffledOrder, first_rows
 from framework.errors import CheckpointError, ConfigError
 
 
@@ -60,3 +60,12 @@ def test_rows_of_a_block_are_drawn_near_each_other() -> None:
 def test_an_empty_data_set_has_no_order() -> None:
     with pytest.raises(ConfigError, match="0 rows has no order"):
         ShuffledOrder(0, seed=0)
+
+
+def test_blocks_of_the_first_rows() -> None:
+    assert first_rows([4, 4, 4], 6) == [4, 2]
+    assert first_rows([4, 4, 4], 8) == [4, 4]
+    assert first_rows([4, 0, 4], 12) == [4, 0, 4]
+    assert first_rows(None, 6) is None
+    order = ShuffledOrder(6, seed=0, blocks=first_rows([4, 4, 4], 6))
+    assert sorted(order.next(6)) == list(range(6))

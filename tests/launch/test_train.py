@@ -132,13 +132,44 @@ def test_a_full_disk_at_export_leaves_nothing_half_written(tmp_path: Path, model
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
-    code, output = launch(tmp_path, "optimizer.learnig_rate=1e-3")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "optimizer.learnig_rate=1e-3",
+            "unknown key 'optimizer.learnig_rate' in 'optimizer.learnig_rate=1e-3'; "
+            "did you mean 'optimizer.learning_rate'?",
+        ),
+        (
+            "algorithm=gpso",
+            "unknown algorithm in 'algorithm=gpso'; did you mean 'gspo'?; one of cispo, dapo, dr_grpo, grpo, gspo, "
+            "ppo, reinforce_pp, reinforce_pp_baseline, rloo",
+        ),
+        (
+            "environment=gsm8k1",
+            "unknown environment in 'environment=gsm8k1'; did you mean 'gsm8k'?; one of arithmetic, calculator, code, "
+            "dataset, gsm8k, judge, math, reasoning_gym, verifiers",
+        ),
+        (
+            "algorithm.loss=gsppo",
+            "algorithm.loss=gsppo is unknown; did you mean gspo? one of ppo_clip, gspo, gspo_token, cispo, "
+            "importance_sampling, reinforce",
+        ),
+        ("environment.args.sise=3", "environment.args.sise: environment arithmetic has no such argument, did you mean"),
+    ],
+)
+def test_what_is_misspelt_is_one_message_that_names_the_nearest(tmp_path: Path, argument: str, message: str) -> None:
+    code, output = launch(tmp_path, "model.name_or_path=tiny-random/qwen3", argument)
     assert code != 0
-    assert errors(output) == [
-        "error: ConfigError: unknown key 'optimizer.learnig_rate' in 'optimizer.learnig_rate=1e-3'; "
-        "did you mean 'optimizer.learning_rate'?"
-    ]
+    (error,) = errors(output)
+    assert error.startswith(f"error: ConfigError: {message}")
+
+
+def test_a_misspelt_recipe_names_the_nearest(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, recipe="grpoo")
+    assert code != 0
+    (error,) = errors(output)
+    assert error.startswith("error: ConfigError: unknown recipe in '+recipe=grpoo'; did you mean 'grpo'?; one of ")
 
 
 def test_a_section_the_recipe_does_not_use_is_refused(tmp_path: Path) -> None:

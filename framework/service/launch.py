@@ -20,6 +20,7 @@ import uvicorn
 from framework.engine.base import RolloutEngine, SampleRequest, generate
 from framework.errors import ConfigError
 from framework.lora.spec import LoraSpec
+from framework.runtime import settle
 from framework.service.adapters import Adapters, Paths
 from framework.service.app import build_app
 from framework.service.board import Board, LoopConfig
@@ -59,6 +60,10 @@ class Backend:
     vocab_size: int
     pad_to_multiple_of: int
     max_lora_rank: int
+    max_in_flight: int
+    """Where the configuration leaves it to the device."""
+    max_tokens_per_microbatch: int
+    """Likewise."""
     model: Model
 
 
@@ -85,7 +90,7 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         config=loop_config,
         store=store,
         adapters=adapters,
-        scheduler=Scheduler(max_in_flight=config.max_in_flight),
+        scheduler=Scheduler(max_in_flight=config.max_in_flight or backend.max_in_flight),
         deliver=futures.deliver,
         metrics=metrics,
         stream=futures.stream,
@@ -141,7 +146,7 @@ def build_worker(config: ServiceConfig, backend: Backend, exports: Exports | Non
         weight_sync=backend.weight_sync,
         tp_rank=backend.mesh.tp_rank,
         exports=exports,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch or backend.max_tokens_per_microbatch,
         pad_to_multiple_of=backend.pad_to_multiple_of,
     )
 
@@ -206,6 +211,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def serve(config: ServiceConfig, backend: Backend) -> None:
     """Serves until SIGTERM or SIGINT. All ranks call it; returns on all of them together."""
     warm_up(backend)
+    settle()
     if backend.mesh.tp_rank != 0:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)

@@ -80,18 +80,21 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
         vocab_size=base.spec.vocab_size,
         pad_to_multiple_of=pair.trainer.token_multiple,
         max_lora_rank=service.max_rank,
-        model=_model(run, base, pair.engine.max_prompt_tokens),
+        max_in_flight=base.device.quantum_sequences,
+        max_tokens_per_microbatch=base.device.quantum_tokens,
+        model=_model(run, base, pair.engine.max_prompt_tokens, local=service.auth == "local"),
     )
 
 
-def _model(run: RunConfig, base: Base, context_tokens: int) -> Model:
+def _model(run: RunConfig, base: Base, context_tokens: int, *, local: bool) -> Model:
+    """``local``: clients are on this machine and find the tokenizer in the model's folder, hub or not."""
     from transformers import AutoTokenizer
 
     return Model(
         name=run.model.name_or_path,
         aliases=("base",),
         arch=base.spec.family,
-        tokenizer_id=run.model.name_or_path,
+        tokenizer_id=str(base.model.path) if local else run.model.name_or_path,
         context_tokens=context_tokens,
         tokenizer=AutoTokenizer.from_pretrained(base.model.path),
     )

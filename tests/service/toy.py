@@ -385,6 +385,8 @@ def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None =
         vocab_size=VOCAB,
         pad_to_multiple_of=1,
         max_lora_rank=64,
+        max_in_flight=64,
+        max_tokens_per_microbatch=2048,
         model=Model(
             name="toy/bigram",
             aliases=("base",),

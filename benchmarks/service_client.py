@@ -95,10 +95,8 @@ def new_step(client: Client, service: Any, url: str, count: int) -> dict[str, An
     client.remove(model_id)
     training = service.create_lora_training_client(base_model=base_model(url), rank=16).result()
     tokens = prompt()
-    datum = types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
-    )
+    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    datum = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
     params, through_sdk = types.SamplingParams(max_tokens=1), []
     for _ in range(count):
         training.forward_backward([datum], "cross_entropy")

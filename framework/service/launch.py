@@ -61,7 +61,7 @@ class Backend:
     pad_to_multiple_of: int
     max_lora_rank: int
     max_in_flight: int
-    """Where the configuration leaves it to the device."""
+    """See :class:`ServiceConfig`; here the device's where that has 0."""
     max_tokens_per_microbatch: int
     """Likewise."""
     model: Model

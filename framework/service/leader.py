@@ -62,7 +62,7 @@ class Stop:
 class BringFolders:
     """Somebody wants to read PEFT folders: bring those that are behind up to date."""
 
-    done: Callable[[], None]
+    done: Callable[[], object]
     """Called on the loop's thread when their writing has been asked for."""
 
 
@@ -81,7 +81,7 @@ class Leader:
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     stop_at: float | None = None
     sweep_at: float = 0.0
-    readers: list[Callable[[], None]] = field(default_factory=list)
+    readers: list[Callable[[], object]] = field(default_factory=list)
     """Who waits for the PEFT folders."""
 
     def report(self, plan: Plan, results: list[Any], seconds: list[float]) -> None:

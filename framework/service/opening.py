@@ -56,19 +56,21 @@ def facts(run: RunConfig, service: ServiceConfig, backend: Backend) -> dict[str,
 def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
     """The pair of engines of this rank, for adapters up to ``service.max_rank`` on every projection."""
     peft_config(LoraSpec(), "warm-up")  # importing peft takes seconds; not while tenants wait
+    base = open_base(run)
+    max_in_flight = service.max_in_flight or base.device.quantum_sequences
+    max_tokens = service.max_tokens_per_microbatch or base.device.quantum_tokens
     run = dataclasses.replace(
         run,
         lora=LoraSpec(rank=service.max_rank),
-        trainer=dataclasses.replace(run.trainer, max_tokens_per_microbatch=service.max_tokens_per_microbatch),
+        trainer=dataclasses.replace(run.trainer, max_tokens_per_microbatch=max_tokens),
         engine=dataclasses.replace(run.engine, sleep=False),  # it samples for one tenant while it trains for another
     )
-    base = open_base(run)
     if base.mesh.world_size != base.mesh.tp_size:
         raise ConfigError(
             f"the service is one tensor-parallel group: torchrun started {base.mesh.world_size} processes, "
             f"parallel.tensor_parallel_size={base.mesh.tp_size}; make them equal"
         )
-    pair = open_pair(run, base, num_adapters=service.trainer_adapters, num_sequences=service.max_in_flight)
+    pair = open_pair(run, base, num_adapters=service.trainer_adapters, num_sequences=max_in_flight)
     if not isinstance(pair.weight_sync, WeightSync):
         raise ConfigError("lora=none: the service trains adapters; every weight can be trained by the recipes")
     return Backend(
@@ -80,8 +82,8 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
         vocab_size=base.spec.vocab_size,
         pad_to_multiple_of=pair.trainer.token_multiple,
         max_lora_rank=service.max_rank,
-        max_in_flight=base.device.quantum_sequences,
-        max_tokens_per_microbatch=base.device.quantum_tokens,
+        max_in_flight=max_in_flight,
+        max_tokens_per_microbatch=max_tokens,
         model=_model(run, base, pair.engine.max_prompt_tokens, local=service.auth == "local"),
     )
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -64,6 +65,8 @@ class Backend:
     """See :class:`ServiceConfig`; here the device's where that has 0."""
     max_tokens_per_microbatch: int
     """Likewise."""
+    memory: Mapping[str, float]
+    """How much of it the engine may take, for the log: ``kv_cache_gib`` or ``gpu_memory_utilization``, or nothing."""
     model: Model
 
 

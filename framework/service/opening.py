@@ -9,7 +9,7 @@ from framework.config import RunConfig
 from framework.errors import ConfigError
 from framework.lora.peft_io import peft_config
 from framework.lora.spec import LoraSpec
-from framework.pair import Base, open_base, open_pair
+from framework.pair import Base, Pair, cache_bytes, open_base, open_pair
 from framework.service.launch import Backend, serve
 from framework.service.logs import set_up_logs
 from framework.service.service import Model
@@ -34,15 +34,10 @@ def open_and_serve(run: RunConfig, service: ServiceConfig) -> None:
 
 def facts(run: RunConfig, service: ServiceConfig, backend: Backend) -> dict[str, object]:
     """What the first log line says, with the values in force."""
-    memory: dict[str, object] = {"kv_cache_gib": run.engine.kv_cache_gib}
-    if run.engine.kv_cache_gib is None:
-        memory = {"gpu_memory_utilization": run.engine.gpu_memory_utilization}
-    if run.engine.backend == "trainer":  # it takes what its requests need
-        memory = {}
     return {
         "model": backend.model.name,
         "tensor_parallel_size": backend.tp_size,
-        **memory,
+        **backend.memory,
         "max_loras": backend.engine.max_adapters,
         "max_lora_rank": backend.max_lora_rank,
         "dtype": run.model.dtype,
@@ -84,8 +79,20 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
         max_lora_rank=service.max_rank,
         max_in_flight=max_in_flight,
         max_tokens_per_microbatch=max_tokens,
+        memory=memory_of(run, base, pair),
         model=_model(run, base, pair.engine.max_prompt_tokens, local=service.auth == "local"),
     )
+
+
+def memory_of(run: RunConfig, base: Base, pair: Pair) -> dict[str, float]:
+    """What the engine may take: the KV cache's size, or its share of an accelerator's memory."""
+    if run.engine.backend == "trainer":  # what its requests need
+        return {}
+    size = cache_bytes(run, base) or (pair.plan.cache_bytes if pair.plan is not None else None)
+    if size is not None:
+        return {"kv_cache_gib": round(size / 2**30, 2)}
+    assert run.engine.gpu_memory_utilization is not None, "one of the three ways sized the cache"
+    return {"gpu_memory_utilization": run.engine.gpu_memory_utilization}
 
 
 def _model(run: RunConfig, base: Base, context_tokens: int, *, local: bool) -> Model:

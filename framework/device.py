@@ -47,6 +47,10 @@ class Device:
     """Size of the engine's KV cache where nothing else is configured; None takes what the trainer leaves."""
     kv_block_tokens: int | None
     """Tokens of a block of the engine's KV cache, the grain in which prompts share it; None is the engine's."""
+    quantum_tokens: int
+    """Tokens of a training microbatch, of a model of its size, that others can wait for: some tenths of a second."""
+    quantum_sequences: int
+    """Completions an engine step can work on before it takes several times as long as one alone."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -92,6 +96,8 @@ def _cpu() -> Device:
         captures_graphs=False,
         kv_cache_bytes=2**29,
         kv_block_tokens=32,  # the smallest CPU kernels take; vLLM's 128 is beyond most prompts, and none would share
+        quantum_tokens=256,
+        quantum_sequences=16,
         shares_weights=False,
     )
 
@@ -123,5 +129,7 @@ def _cuda(local_rank: int) -> Device:
         captures_graphs=True,
         kv_cache_bytes=None,
         kv_block_tokens=None,
+        quantum_tokens=2048,
+        quantum_sequences=64,
         shares_weights=True,
     )

@@ -21,8 +21,8 @@ SLOW = (
     "tests/launch",
     "tests/recipes/test_distill_dpo_evaluate.py",
     "tests/recipes/test_sft.py",
-    "tests/service",
-    "tests/test_client.py",
+    "tests/service/test_app.py",
+    "tests/service/test_recovery.py",
     "tests/test_progress.py",
 )
 """Files and folders whose tests start many processes; ``make test-all`` runs them, ``make test`` does not."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from framework.client import Client, ServiceError
+from framework.errors import AdapterError
 from framework.lora.peft_io import load_peft
 from framework.service.settings import ServiceConfig
 from tests.service.server import Running, config, running, start
@@ -53,6 +55,23 @@ def test_every_step_is_a_peft_folder_that_can_be_registered(running: Running, cl
     exported = running.backend.trainer.export_adapter(model_id)
     assert all((tensors[name] == exported[name]).all() for name in exported)
     assert answer(client, "copy", "ab", 5) == answer(client, model_id, "ab", 5)
+
+
+def test_the_folder_follows_by_itself(running: Running, client: Client) -> None:
+    model_id = client.add_lora(rank=4)["model_id"]
+    teach(client, model_id, "ab", "cd", steps=3)
+    exported = running.backend.trainer.export_adapter(model_id)
+    folder = running.service.adapters.paths.peft(model_id)
+    deadline = time.monotonic() + 10.0
+    while True:
+        try:
+            _, tensors = load_peft(folder)
+        except AdapterError:  # not yet there
+            tensors = {}
+        if tensors and all((tensors[name] == exported[name]).all() for name in exported):
+            break
+        assert time.monotonic() < deadline, "the folder is not the newest state"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", ["/etc", "../..", "nothing", "../../../../etc"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -68,6 +69,8 @@ class Board:
     """Completions to be taken out of the engine with the next plan."""
     draining: VersionKey | None = None
     """Gets no new samples, so that its slot becomes free for a version that waits."""
+    unexported: dict[str, float] = field(default_factory=dict)
+    """Adapters of the simple client whose PEFT folder is behind, and since when (monotonic seconds)."""
     outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,7 @@ class Board:
     def resolve(self, entry: Entry, outcome: Outcome) -> None:
         """Keeps an outcome for the next flush; replayed requests have theirs already."""
         if not entry.replay:
+            self.scheduler.answered(entry.tenant, time.monotonic())
             self.outcomes.append((entry.request_id, outcome))
             self.metrics.outcomes.labels(entry.kind, str(outcome.failed).lower()).inc()
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ import uvicorn
 from framework.engine.base import RolloutEngine, SampleRequest, generate
 from framework.errors import ConfigError
 from framework.lora.spec import LoraSpec
+from framework.runtime import settle
 from framework.service.adapters import Adapters, Paths
 from framework.service.app import build_app
 from framework.service.board import Board, LoopConfig
@@ -59,6 +61,12 @@ class Backend:
     vocab_size: int
     pad_to_multiple_of: int
     max_lora_rank: int
+    max_in_flight: int
+    """See :class:`ServiceConfig`; here the device's where that has 0."""
+    max_tokens_per_microbatch: int
+    """Likewise."""
+    memory: Mapping[str, float]
+    """How much of it the engine may take, for the log: ``kv_cache_gib`` or ``gpu_memory_utilization``, or nothing."""
     model: Model
 
 
@@ -85,7 +93,7 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         config=loop_config,
         store=store,
         adapters=adapters,
-        scheduler=Scheduler(max_in_flight=config.max_in_flight),
+        scheduler=Scheduler(max_in_flight=config.max_in_flight or backend.max_in_flight),
         deliver=futures.deliver,
         metrics=metrics,
         stream=futures.stream,
@@ -141,7 +149,7 @@ def build_worker(config: ServiceConfig, backend: Backend, exports: Exports | Non
         weight_sync=backend.weight_sync,
         tp_rank=backend.mesh.tp_rank,
         exports=exports,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch or backend.max_tokens_per_microbatch,
         pad_to_multiple_of=backend.pad_to_multiple_of,
     )
 
@@ -206,6 +214,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def serve(config: ServiceConfig, backend: Backend) -> None:
     """Serves until SIGTERM or SIGINT. All ranks call it; returns on all of them together."""
     warm_up(backend)
+    settle()
     if backend.mesh.tp_rank != 0:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from framework.service.ops import (
 from framework.service.plan import (
     Abort,
     Action,
+    Export,
     LoadVersion,
     Plan,
     Restore,
@@ -56,8 +58,18 @@ class Stop:
     """Finish what runs within the grace period, save, end."""
 
 
-Message = Entry | Cancel | Stop
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BringFolders:
+    """Somebody wants to read PEFT folders: bring those that are behind up to date."""
+
+    done: Callable[[], object]
+    """Called on the loop's thread when their writing has been asked for."""
+
+
+Message = Entry | Cancel | Stop | BringFolders
 SWEEP_EVERY_S = 30.0
+EXPORT_IDLE_S, EXPORT_BUSY_S = 0.1, 2.0
+"""How far a PEFT folder may be behind its adapter when there is nothing else to do, and when there is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,10 +81,16 @@ class Leader:
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     stop_at: float | None = None
     sweep_at: float = 0.0
+    readers: list[Callable[[], object]] = field(default_factory=list)
+    """Who waits for the PEFT folders."""
 
     def report(self, plan: Plan, results: list[Any], seconds: list[float]) -> None:
         """What became of the actions of a plan."""
         self.reports.report(plan, results, seconds)
+        if not self.board.unexported:
+            for done in self.readers:
+                done()
+            self.readers.clear()
 
     def stepped(self, output: StepOutput, seconds: float) -> None:
         """What the engine step produced."""
@@ -92,6 +110,9 @@ class Leader:
             actions: list[Action] = [Abort(engine_ids=tuple(self.board.aborts))] if self.board.aborts else []
             self.board.aborts.clear()
             decision = self.board.scheduler.next_decision(now, resident=self._resident, blocked=self._blocked())
+            patience = 0.0 if actions or self.stop_at is not None else self.board.scheduler.patience(decision, now)
+            if patience and self._receive_blocking(patience):
+                continue
             actions += self._submissions(decision.submit, now)
             if decision.wants_slot is not None:
                 actions += self._load_version(decision.wants_slot, now)
@@ -104,10 +125,14 @@ class Leader:
                     if not actions and not decision.step:
                         continue
             actions += self._snapshots()
+            if self.readers:
+                actions += [self._export(name) for name in list(self.board.unexported)]
+            actions += self._exports_due(now, EXPORT_IDLE_S if not actions and not decision.step else EXPORT_BUSY_S)
             self.board.flush()
-            if actions or decision.step:
+            if actions or decision.step or self.readers:
                 return Plan(actions=tuple(actions), step=decision.step or bool(self.board.parts))
-            if not self._receive_blocking():
+            waits = [since + EXPORT_IDLE_S - now for since in self.board.unexported.values()]
+            if not self._receive_blocking(max(0.0, min([self.board.config.heartbeat_s, *waits]))):
                 return Plan()
 
     def _receive(self) -> None:
@@ -117,10 +142,10 @@ class Leader:
             except queue.Empty:
                 return
 
-    def _receive_blocking(self) -> bool:
-        """Waits for a message; False if none came before the other ranks have to hear from this one."""
+    def _receive_blocking(self, timeout_s: float) -> bool:
+        """Waits for a message; False if none came in time."""
         try:
-            self._take(self.inbox.get(timeout=self.board.config.heartbeat_s))
+            self._take(self.inbox.get(timeout=timeout_s))
         except queue.Empty:
             return False
         self._receive()
@@ -131,6 +156,8 @@ class Leader:
             self.stop_at = time.monotonic() + self.board.config.stop_grace_s
         elif isinstance(message, Cancel):
             self.board.aborts += self.reports.drop_sample(message.request_id, "cancelled", "user")
+        elif isinstance(message, BringFolders):
+            self.readers.append(message.done)
         else:
             self.board.scheduler.add(message, time.monotonic())
             if isinstance(message.op, Sample):
@@ -143,11 +170,12 @@ class Leader:
 
     def _last_plan(self) -> Plan:
         """Saves every adapter that has unsaved training, unless it is in the middle of a batch."""
-        actions = []
+        actions: list[Action] = []
         for adapter_id in self.board.trainer_slots.resident:
             adapter = self.board.adapters.known[adapter_id]
             if adapter.unsaved_s and not self.board.trainer_slots.users[adapter_id]:
-                actions.append(self._snapshot(adapter, evict=False))
+                actions += self._snapshot(adapter, evict=False)
+        actions += [self._export(adapter_id) for adapter_id in list(self.board.unexported)]
         return Plan(actions=tuple(actions), stop=True)
 
     def _close_gaps(self, now: float) -> None:
@@ -231,12 +259,16 @@ class Leader:
         if isinstance(op, Refuse):
             raise RequestError(op.message)
         adapter = self.board.adapters.get(adapter_id)
+        if isinstance(op, RemoveAdapter):
+            self.board.unexported.pop(adapter_id, None)
         if isinstance(op, RemoveAdapter) and adapter_id not in self.board.trainer_slots:
             self.reports.removed(adapter)
             self.board.succeed(entry, None)
             return []
         run = self._bind(entry, adapter)
         actions: list[Action] = []
+        if isinstance(op, CreateAdapter) and op.source is not None:  # it may be the folder of an adapter here
+            actions += [self._export(name) for name in list(self.board.unexported)]
         if run.publish_as is not None:
             freed = self._free_engine_slot()
             if freed is None:  # samples of this very turn took the last one
@@ -258,7 +290,7 @@ class Leader:
                 if victim is None:
                     raise RequestError("every adapter in the trainer is in the middle of a batch", status=503)
                 self.board.trainer_slots.drop(victim)
-                actions.append(self._snapshot(self.board.adapters.known[victim], evict=True))
+                actions += self._snapshot(self.board.adapters.known[victim], evict=True)
             if not fresh:
                 actions.append(
                     Restore(
@@ -281,9 +313,8 @@ class Leader:
                 raise RequestError(f"checkpoint {path} already exists; give another name or overwrite it")
         if isinstance(op, SaveCheckpoint) and op.kind != "sampler_weights":
             return replace(run, folder=str(paths.new_checkpoint(adapter.adapter_id, op.kind, op.name)))
-        if adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState):
-            run = replace(run, peft_folder=str(paths.peft(adapter.adapter_id)))
-        elif not isinstance(op, Publish | SaveCheckpoint):
+        at_once = adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState)
+        if not at_once and not isinstance(op, Publish | SaveCheckpoint):
             return run
         changed = isinstance(op, OptimStep | LoadState)
         key = (adapter.adapter_id, adapter.version + changed)
@@ -296,11 +327,23 @@ class Leader:
             return source
         return str(self.board.adapters.checkpoint(source, owner, kind="weights")["info"]["folder"])
 
-    def _snapshot(self, adapter: Adapter, *, evict: bool) -> Snapshot:
-        if not adapter.unsaved_s and adapter.snapshot is not None:
-            return Snapshot(adapter_id=adapter.adapter_id, folder=None, evict=evict)
-        folder = self.board.adapters.paths.snapshot(adapter.adapter_id, adapter.executed_seq)
-        return Snapshot(adapter_id=adapter.adapter_id, folder=str(folder), evict=evict)
+    def _snapshot(self, adapter: Adapter, *, evict: bool) -> list[Action]:
+        """The PEFT folder first: what was asked until a snapshot is not repeated after a restart."""
+        behind = adapter.adapter_id in self.board.unexported
+        exports: list[Action] = [self._export(adapter.adapter_id)] if behind else []
+        folder = None
+        if adapter.unsaved_s or adapter.snapshot is None:
+            folder = str(self.board.adapters.paths.snapshot(adapter.adapter_id, adapter.executed_seq))
+        return [*exports, Snapshot(adapter_id=adapter.adapter_id, folder=folder, evict=evict)]
+
+    def _export(self, adapter_id: str) -> Export:
+        del self.board.unexported[adapter_id]
+        return Export(adapter_id=adapter_id, folder=str(self.board.adapters.paths.peft(adapter_id)))
+
+    def _exports_due(self, now: float, after_s: float) -> list[Action]:
+        """At most one adapter whose PEFT folder has been behind for so long."""
+        due = next((name for name, since in self.board.unexported.items() if now - since > after_s), None)
+        return [] if due is None else [self._export(due)]
 
     def _snapshots(self) -> list[Action]:
         """At most one adapter that has trained long enough since its last snapshot."""
@@ -308,5 +351,5 @@ class Leader:
             adapter = self.board.adapters.known[adapter_id]
             due = adapter.unsaved_s > self.board.config.snapshot_after_s
             if due and not self.board.trainer_slots.users[adapter_id]:
-                return [self._snapshot(adapter, evict=False)]
+                return self._snapshot(adapter, evict=False)
         return []

@@ -40,6 +40,14 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Brings the PEFT folder of an adapter of the simple client up to date; rank 0 writes it in the background."""
+
+    adapter_id: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadVersion:
     """Puts a published version back into an engine slot."""
 
@@ -69,8 +77,6 @@ class Run:
     """Where a LoadState or CreateAdapter reads."""
     publish_as: VersionKey | None = None
     """The version the weights become in the engine, when they are not a version yet."""
-    peft_folder: str | None = None
-    """Where the new weights are also kept in PEFT's format (adapters of the simple client)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +97,7 @@ class Abort:
     engine_ids: tuple[str, ...]
 
 
-Action = Restore | Snapshot | LoadVersion | UnloadVersion | Run | Submit | Abort
+Action = Restore | Snapshot | Export | LoadVersion | UnloadVersion | Run | Submit | Abort
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,18 @@ from framework.service.ops import (
     SaveCheckpoint,
     TrainBatch,
 )
-from framework.service.plan import Failure, LoadVersion, Plan, Progress, Restore, Run, Snapshot, Submit, VersionKey
+from framework.service.plan import (
+    Export,
+    Failure,
+    LoadVersion,
+    Plan,
+    Progress,
+    Restore,
+    Run,
+    Snapshot,
+    Submit,
+    VersionKey,
+)
 from framework.service.replies import failure_reply, reply
 from framework.service.scheduler import Entry, Part
 from framework.service.tensors import folder_size
@@ -43,6 +54,7 @@ class Reports:
             Run: self._ran,
             Submit: self._submitted,
             Snapshot: self._saved,
+            Export: self._exported,
             Restore: self._restored,
             LoadVersion: self._loaded,
         }
@@ -119,6 +131,10 @@ class Reports:
         elif action.folder is not None:
             self.board.adapters.saved(adapter, action.folder)
 
+    def _exported(self, action: Export, result: Any, seconds: float) -> None:
+        if isinstance(result, Failure):
+            log.error("export of %s failed: %s", action.adapter_id, result.message)
+
     def _restored(self, action: Restore, result: Any, seconds: float) -> None:
         if isinstance(result, Failure):
             self.board.trainer_slots.drop(action.adapter_id)
@@ -156,6 +172,8 @@ class Reports:
             adapter.unsaved_s = float("inf")  # what it was loaded from may be deleted: save it before anything else
         if action.publish_as is not None:
             board.adapters.add_version(action.publish_as)
+        if adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState):
+            board.unexported.setdefault(adapter.adapter_id, time.monotonic())
         if isinstance(op, Publish):
             self._pin(op, adapter)
         elif isinstance(op, SaveCheckpoint):
@@ -210,6 +228,7 @@ class Reports:
     def removed(self, adapter: Adapter) -> None:
         """Its row stays for the checkpoints that name it; its state is gone, its versions go when nothing pins them."""
         adapter.removed = True
+        self.board.unexported.pop(adapter.adapter_id, None)
         store, paths = self.board.store, self.board.adapters.paths
         with store.transaction():
             store.write("UPDATE adapters SET removed=1, snapshot=NULL WHERE adapter_id=?", adapter.adapter_id)

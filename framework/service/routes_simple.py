@@ -138,7 +138,7 @@ async def add_lora(body: AddLora, request: Request, svc: Svc, who: Who, key: Key
 @router.post("/register_lora_adapter")
 async def register_lora_adapter(body: RegisterLora, request: Request, svc: Svc, who: Who) -> Response:
     """An adapter that exists as a PEFT folder below the data directory or the adapters' directory."""
-    await asyncio.to_thread(svc.exports.flush)  # it may be another adapter's folder
+    await svc.bring_folders()  # it may be another adapter's
     folder = _inside(svc, body.lora_path)
     spec, _ = await asyncio.to_thread(load_peft, folder)
     if spec.rank > svc.limits.max_rank:

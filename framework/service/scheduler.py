@@ -4,7 +4,9 @@ Every adapter has a queue in the order of its sequence numbers; the head runs, s
 for that adapter and for nobody else. Tenants share the machine by time: each has a clock of the seconds it used, and
 the one furthest behind goes next (start-time fair queueing, Goyal et al. 1996, with seconds as cost). A training
 quantum (one microbatch or one short op) and an engine step are the two things that can be next; when both wait, the
-side whose tenant is behind runs.
+side whose tenant is behind runs. A tenant that is behind and was just answered gets a moment to ask for more before
+somebody else's quantum begins (anticipatory scheduling, Iyer & Druschel 2001): else one request per quantum is all
+that a tenant with one request at a time could ever have.
 """
 
 from __future__ import annotations
@@ -94,6 +96,8 @@ class Tenant:
     samples: deque[Part] = field(default_factory=deque)
     in_flight: int = 0
     last_sampled: float = float("-inf")
+    answered: float = float("-inf")
+    """When a request of its ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,10 @@ class Scheduler:
     max_in_flight: int
     share_memory_s: float = 10.0
     """A tenant that sampled this recently keeps its share of the engine free."""
+    patience_s: float = 0.01
+    """How long a tenant that is behind may take from an answer to its next request."""
+    virtual: float = 0.0
+    """Clock of whoever was served last, when that began."""
     queues: dict[str, AdapterQueue] = field(default_factory=dict)
     tenants: dict[str, Tenant] = field(default_factory=dict)
 
@@ -121,7 +129,7 @@ class Scheduler:
         """The tenant's record; one that was idle starts at the clock of those who are not, without saved-up credit."""
         known = self.tenants.setdefault(name, Tenant())
         if not self._busy(name):
-            floor = min((self.tenants[other].clock for other in self._busy_names()), default=known.clock)
+            floor = self.virtual if self._busy_names() else max(tenant.clock for tenant in self.tenants.values())
             known.clock = max(known.clock, floor)
         return known
 
@@ -217,17 +225,38 @@ class Scheduler:
         head = self.queues[entry.adapter_id].ready.popleft()
         assert head is entry, "only the head of a queue runs"
 
+    def patience(self, decision: Decision, now: float) -> float:
+        """Seconds that a training quantum should wait for the next request of somebody who is behind its tenant."""
+        if decision.train is None or decision.step or decision.submit:
+            return 0.0
+        name = decision.train.tenant
+        ends = [
+            tenant.answered + self.patience_s
+            for other, tenant in self.tenants.items()
+            if tenant.answered + self.patience_s > now
+            and other != name
+            and tenant.clock < self.tenants[name].clock
+            and not self._busy(other)
+        ]
+        return max(ends, default=now) - now
+
+    def answered(self, tenant: str, now: float) -> None:
+        """A request of the tenant's ended."""
+        self.tenants[tenant].answered = now
+
     def charge_training(self, entry: Entry, seconds: float, now: float) -> None:
+        self.virtual = max(self.virtual, self.tenants[entry.tenant].clock)
         self.tenants[entry.tenant].clock += seconds
         if entry.adapter_id is not None:
             self.queues[entry.adapter_id].last_run = now
 
     def charge_step(self, seconds: float) -> None:
         """Splits an engine step's time by completions in flight."""
-        total = sum(tenant.in_flight for tenant in self.tenants.values())
-        for tenant in self.tenants.values():
-            if tenant.in_flight:
-                tenant.clock += seconds * tenant.in_flight / total
+        flying = [tenant for tenant in self.tenants.values() if tenant.in_flight]
+        total = sum(tenant.in_flight for tenant in flying)
+        self.virtual = max(self.virtual, min((tenant.clock for tenant in flying), default=0.0))
+        for tenant in flying:
+            tenant.clock += seconds * tenant.in_flight / total
 
     def gaps(self, now: float, timeout_s: float) -> list[AdapterQueue]:
         """Queues that have waited too long for a missing number."""

@@ -18,7 +18,7 @@ from typing import Any
 from framework.service.adapters import Adapters, spec_to_json
 from framework.service.exports import Exports
 from framework.service.futures import Futures, Tokens
-from framework.service.leader import Cancel, Message
+from framework.service.leader import BringFolders, Cancel, Message
 from framework.service.metrics import Metrics
 from framework.service.ops import AdapterOp, CreateAdapter, Outcome, Publish, Refuse, RequestError, Sample
 from framework.service.plan import VersionKey
@@ -233,6 +233,13 @@ class Service:
     def cancel(self, request_id: str) -> None:
         """Nobody waits for this sample any more."""
         self.post(Cancel(request_id=request_id))
+
+    async def bring_folders(self) -> None:
+        """Returns when every PEFT folder is as new as its adapter."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        self.post(BringFolders(done=lambda: loop.call_soon_threadsafe(done.set)))
+        await done.wait()
+        await asyncio.to_thread(self.exports.flush)
 
     async def resolve_model(self, name: str, caller: Caller) -> VersionKey | None:
         """The version that ``base``, an adapter or ``adapter@version`` stands for; None is the base model.

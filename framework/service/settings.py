@@ -28,10 +28,10 @@ class ServiceConfig:
     """Environment variable with the first admin's key, where ``auth`` is ``keys``."""
     trainer_adapters: int = 8
     """Adapters kept in the trainer; the least recently used leave to disk and come back exactly."""
-    max_in_flight: int = 64
-    """Completions in the engine at once, shared evenly by the tenants that sample."""
-    max_tokens_per_microbatch: int = 2048
-    """A forward_backward is cut into pieces of this size, between which others run."""
+    max_in_flight: int = 0
+    """Completions in the engine at once, shared evenly by the tenants that sample; 0 is 16 on a CPU, else 64."""
+    max_tokens_per_microbatch: int = 0
+    """A forward_backward is cut into pieces of this size, between which others run; 0 is 256 on a CPU, else 2048."""
     snapshot_after_s: float = 60.0
     """Seconds of training per adapter that a restart may have to repeat."""
     gap_timeout_s: float = 90.0
@@ -54,9 +54,10 @@ class ServiceConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        for key in ("trainer_adapters", "max_in_flight", "max_tokens_per_microbatch", "keep_versions", "max_rank"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"service.{key}={getattr(self, key)}: must be at least 1")
+        least = {"trainer_adapters": 1, "keep_versions": 1, "max_rank": 1}
+        for key, low in {**least, "max_in_flight": 0, "max_tokens_per_microbatch": 0}.items():
+            if getattr(self, key) < low:
+                raise ConfigError(f"service.{key}={getattr(self, key)}: must be at least {low}")
         if self.auth not in ("local", "keys"):
             raise ConfigError(f"service.auth={self.auth!r}: must be local or keys")
         if self.auth == "local" and not _is_loopback(self.host):

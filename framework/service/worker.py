@@ -32,6 +32,7 @@ from framework.service.ops import (
 from framework.service.plan import (
     Abort,
     Action,
+    Export,
     LoadVersion,
     Progress,
     Restore,
@@ -86,6 +87,7 @@ class Worker:
         handlers: dict[type, Callable[[Any], Any]] = {
             Restore: self._restore,
             Snapshot: self._snapshot,
+            Export: self._export,
             LoadVersion: self._load_version,
             UnloadVersion: lambda a: self.engine.unload_adapter(self.refs[a.key]),
             Submit: self._submit,
@@ -162,7 +164,6 @@ class Worker:
             if op.source is not None:
                 self._load(action, op.optimizer)
             self._publish(action)
-            self._keep_peft(action)
         except Exception:
             self._forget(action.adapter_id)
             raise
@@ -173,7 +174,6 @@ class Worker:
         if not np.isfinite(result.grad_norm):
             raise RequestError("the gradient is not finite; the step was not applied")
         self._publish(action)
-        self._keep_peft(action)
         return result
 
     def _publish(self, action: Run) -> None:
@@ -196,12 +196,11 @@ class Worker:
         if self.exports is not None:
             self.exports.write(Path(action.folder) / PEFT, self.trainer.adapters()[action.adapter_id], whole)
 
-    def _keep_peft(self, action: Run) -> None:
-        """The simple client's folder follows in the background."""
-        if action.peft_folder is not None:
-            whole = self.trainer.export_adapter(action.adapter_id)
-            if self.exports is not None:
-                self.exports.put(Path(action.peft_folder), self.trainer.adapters()[action.adapter_id], whole)
+    def _export(self, action: Export) -> None:
+        """Gathers the weights; the folder follows in the background."""
+        whole = self.trainer.export_adapter(action.adapter_id)
+        if self.exports is not None:
+            self.exports.put(Path(action.folder), self.trainer.adapters()[action.adapter_id], whole)
 
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""

@@ -16,7 +16,7 @@ from framework.service.launch import Backend, HttpThread, build_service, build_w
 from framework.service.leader import Leader, Stop
 from framework.service.service import Service
 from framework.service.settings import ServiceConfig
-from tests.service.toy import toy_backend
+from tests.service.toy_pair import toy_backend
 
 
 @dataclass

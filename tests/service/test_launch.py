@@ -56,7 +56,7 @@ def test_a_trained_adapter_is_sampled_with_the_trainers_logprobs(sdk: Any) -> No
     fit(client)
     after = logprobs(client)
     assert after.sum() > before + 50
-    sampler = client.save_weights_and_get_sampling_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
     measured = sampler.compute_logprobs(types.ModelInput.from_ints(TEXT)).result()
     assert measured[0] is None
     np.testing.assert_allclose(measured[1:], after, atol=1e-4)
@@ -65,12 +65,12 @@ def test_a_trained_adapter_is_sampled_with_the_trainers_logprobs(sdk: Any) -> No
 def test_a_sampling_client_stays_at_its_version(sdk: Any) -> None:
     client = make(sdk)
     prompt = types.ModelInput.from_ints(TEXT)
-    old = client.save_weights_and_get_sampling_client()
+    old = client.save_weights_and_get_sampling_client().result()
     first = old.compute_logprobs(prompt).result()
     samplers = []
     for _ in range(6):  # more versions than engine slots
         fit(client, steps=3)
-        samplers.append((client.save_weights_and_get_sampling_client(), logprobs(client)))
+        samplers.append((client.save_weights_and_get_sampling_client().result(), logprobs(client)))
     for sampler, expected in reversed(samplers):
         np.testing.assert_allclose(sampler.compute_logprobs(prompt).result()[1:], expected, atol=1e-4)
     assert old.compute_logprobs(prompt).result() == first

@@ -11,7 +11,8 @@ import pytest
 from framework.client import Client, ServiceError
 from framework.service.settings import ServiceConfig
 from tests.service.server import start
-from tests.service.toy import ToyEngine, ToyTrainer, toy_backend
+from tests.service.toy import ToyEngine, ToyTrainer
+from tests.service.toy_pair import toy_backend
 
 LONG = [{"prompt": "a", "completion": "bcdefgh"}] * 16
 

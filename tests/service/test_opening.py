@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ from safetensors.torch import load as load_safetensors
 
 from framework.models.hub import DEFAULT_MODEL, default_cache_dir, resolve_model
 from framework.models.tiny import make_tiny_model
+from framework.service.opening import facts
+from framework.service.settings import schema, split
 from tests.ranks import clean_environment, free_port
+from tests.service.toy_pair import toy_backend
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 tinker = importlib.import_module("tinker")  # after the environment, which it reads at import
@@ -71,7 +74,10 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if BACKENDS[name].real else name for name in BACKENDS],
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     backend = BACKENDS[request.param]
     folder = tmp_path_factory.mktemp("service")
@@ -132,6 +138,17 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
 def sdk(server: Server) -> Iterator[Any]:
     with tinker.ServiceClient(base_url=server.url, api_key="tml-test") as client:
         yield client
+
+
+def test_the_first_line_of_the_log_says_what_is_in_force() -> None:
+    run, service = split(schema())
+    said = facts(run, service, toy_backend())
+    assert (said["model"], said["tensor_parallel_size"], said["max_loras"]) == ("toy/bigram", 1, 4)
+    assert (said["max_lora_rank"], said["mode"], said["auth"]) == (64, "megatron trains, vllm samples", "local")
+    assert said["url"] == "http://127.0.0.1:8000"
+    assert said["kv_cache_gib"] == 0.5
+    own = replace(run, engine=replace(run.engine, backend="trainer"), trainer=replace(run.trainer, backend="hf"))
+    assert facts(own, service, toy_backend())["mode"] == "hf trains, trainer samples"
 
 
 def make(sdk: Any, server: Server, **options: Any) -> Any:
@@ -241,7 +258,7 @@ def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -
     for _ in range(3):
         client.forward_backward(data("cross_entropy")[:1], "cross_entropy")
         client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
-        sampler = client.save_weights_and_get_sampling_client()
+        sampler = client.save_weights_and_get_sampling_client().result()
         output = client.forward(data("cross_entropy")[:1], "cross_entropy").result().loss_fn_outputs[0]
         np.testing.assert_allclose(
             sampler.compute_logprobs(prompt).result()[1:], output["logprobs"].tolist(), rtol=1e-5, atol=1e-5

@@ -19,7 +19,7 @@ import pytest
 from framework.client import Client
 from framework.service.settings import ServiceConfig
 from tests.service.server import start
-from tests.service.toy import toy_backend
+from tests.service.toy_pair import toy_backend
 
 ROWS = [{"prompt": "abc", "completion": "def"}]
 ROOT = Path(__file__).resolve().parents[2]

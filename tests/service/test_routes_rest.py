@@ -51,7 +51,7 @@ def test_capabilities_runs_sessions_and_samplers_are_described(sdk: Any, rest: A
     assert [r.training_run_id for r in rest.list_training_runs().result().training_runs] == [client.model_id]
     session_id = client.model_id.partition(":")[0]
     assert rest.list_sessions().result().sessions == [session_id]
-    sampler = client.save_weights_and_get_sampling_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
     sampler.compute_logprobs(types.ModelInput.from_ints([65, 66])).result()
     session = rest.get_session(session_id).result()
     assert list(session.training_run_ids) == [client.model_id]

@@ -152,3 +152,61 @@ def test_an_entry_without_a_number_goes_behind_what_is_ready() -> None:
     last = Entry(request_id="r", kind="x", tenant="a", op=RemoveAdapter(), adapter_id="a")
     scheduler.add(last, 0.0)
     assert [run(scheduler, 1.0), run(scheduler, 1.0)] == ["a:0", "r"]
+
+
+def test_who_used_an_idle_machine_does_not_owe_it_to_a_newcomer() -> None:
+    scheduler = Scheduler(max_in_flight=8)
+    for seq in range(5):
+        scheduler.add(training("early", seq), 0.0)
+        run(scheduler, 10.0)
+    for seq in range(4):
+        scheduler.add(training("late", seq), 0.0)
+    assert run(scheduler, 10.0) == "late:0"
+    scheduler.add(training("early", 5), 0.0)
+    assert run(scheduler, 10.0) == "early:5"
+
+
+def test_a_tenant_with_one_request_at_a_time_keeps_its_half_beside_long_quanta() -> None:
+    scheduler = Scheduler(max_in_flight=8)
+    for seq in range(20):
+        scheduler.add(training("flood", seq), 0.0)
+    spent, now, seq = {"flood": 0.0, "small": 0.0}, 0.0, 0
+    scheduler.add(training("small", seq), now)
+    while now < 20.0:
+        decision = scheduler.next_decision(now, resident=resident)
+        entry = decision.train
+        assert entry is not None
+        wait = scheduler.patience(decision, now)
+        if wait:  # the client answers in half of that
+            now += wait / 2
+            scheduler.add(training("small", seq), now)
+            continue
+        seconds = 2.0 if entry.tenant == "flood" else 0.25
+        now += seconds
+        spent[entry.tenant] += seconds
+        scheduler.charge_training(entry, seconds, now)
+        scheduler.finish(entry)
+        if entry.tenant == "small":
+            scheduler.answered("small", now)
+            seq += 1
+        elif not scheduler.queues["small"].ready:  # it came while the quantum ran
+            scheduler.add(training("small", seq), now)
+    assert spent["small"] == pytest.approx(spent["flood"], abs=2.5)
+
+
+def test_patience_is_only_for_those_behind_and_for_a_moment() -> None:
+    scheduler = Scheduler(max_in_flight=8)
+    for name in ("flood", "small"):
+        scheduler.add(training(name, 0), 0.0)
+        scheduler.add(training(name, 1), 0.0)
+    scheduler.charge_training(training("flood", 0), 2.0, 0.0)
+    run(scheduler, 0.5)
+    scheduler.answered("small", 10.0)
+    decision = scheduler.next_decision(10.0, resident=resident)
+    assert decision.train is not None
+    assert decision.train.tenant == "small", "it has another one"
+    assert scheduler.patience(decision, 10.0) == 0.0
+    run(scheduler, 0.5)
+    decision = scheduler.next_decision(10.0, resident=resident)
+    assert scheduler.patience(decision, 10.004) == pytest.approx(0.006)
+    assert scheduler.patience(decision, 10.02) == 0.0

@@ -22,11 +22,8 @@ from framework.batching import Batch, Microbatch
 from framework.engine.base import SampleRequest, StepOutput
 from framework.errors import AdapterError, ConfigError
 from framework.lora.spec import LoraSpec
-from framework.service.launch import Backend
-from framework.service.service import Model
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
 from framework.types import AdamParams, AdapterRef, Completion
-from framework.weight_sync import VersionCounter, WeightSync
 
 VOCAB = 128
 EOS = 0
@@ -89,6 +86,14 @@ class ToyTrainer:
 
     def remove_adapter(self, name: str) -> None:
         del self.loaded[name]
+
+    def train_base(self, name: str) -> None: ...
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def export_base(self, name: str) -> Mapping[str, Tensor]:
+        return {}
 
     def adapters(self) -> Mapping[str, LoraSpec]:
         return {name: adapter.spec for name, adapter in self.loaded.items()}
@@ -370,27 +375,3 @@ class AsciiTokenizer:
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return self.encode("".join(lines) + "assistant: ")
-
-
-def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None = None) -> Backend:
-    trainer, engine = trainer or ToyTrainer(), engine or ToyEngine()
-    return Backend(
-        trainer=trainer,
-        engine=engine,
-        weight_sync=WeightSync(
-            trainer, engine, VersionCounter(), synchronize=lambda: None, check_lockstep=lambda what, value: None
-        ),
-        mesh=OneRank(),
-        tp_size=1,
-        vocab_size=VOCAB,
-        pad_to_multiple_of=1,
-        max_lora_rank=64,
-        model=Model(
-            name="toy/bigram",
-            aliases=("base",),
-            arch="bigram",
-            tokenizer_id="toy/bigram",
-            context_tokens=CONTEXT,
-            tokenizer=AsciiTokenizer(),
-        ),
-    )

@@ -6,7 +6,8 @@ import sys
 
 from framework.service.launch import serve
 from framework.service.settings import ServiceConfig
-from tests.service.toy import ToyTrainer, toy_backend
+from tests.service.toy import ToyTrainer
+from tests.service.toy_pair import toy_backend
 
 if __name__ == "__main__":
     port, data_dir, snapshot_after_s, seconds_per_call = sys.argv[1:]

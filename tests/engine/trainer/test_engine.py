@@ -149,7 +149,8 @@ def test_completions_end_at_end_tokens_stop_tokens_and_stop_strings(pair: Pair) 
     whole = pair.sample(None, max_tokens=20)
     target = whole.token_ids[6]
     at = whole.token_ids.index(target)
-    for options in ({"stop_token_ids": (target,)}, {"stop": (tiny_tokenizer().decode([target]),)}):
+    endings: list[dict[str, Any]] = [{"stop_token_ids": (target,)}, {"stop": (tiny_tokenizer().decode([target]),)}]
+    for options in endings:
         cut = pair.sample(None, max_tokens=20, **options)
         assert (cut.token_ids, cut.stop_reason) == (whole.token_ids[: len(cut.token_ids)], "stop")
         assert cut.token_ids[-1] == target or "stop" in options
@@ -259,4 +260,6 @@ def test_the_megatron_trainer_samples_on_two_ranks_what_the_reference_samples(tm
     ):
         assert tokens == done.token_ids
         np.testing.assert_allclose(logprobs, done.sampling_logprobs, atol=2e-5)
-        np.testing.assert_allclose(prompt[1:], done.prompt_logprobs[1:], atol=2e-5)
+        assert prompt is not None
+        assert done.prompt_logprobs is not None
+        np.testing.assert_allclose(np.array(prompt[1:]), np.array(done.prompt_logprobs[1:]), atol=2e-5)

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--name", default="memory")
     args = parser.parse_args()
     folder = SCRATCH / args.model
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "tokenizer.json").exists():
         shapes.write_checkpoint(args.model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         torch.cuda.empty_cache()
     cfg = config(folder, args)

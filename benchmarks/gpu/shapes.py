@@ -20,6 +20,7 @@ QWEN3 = {
     "qwen3-8b": (36, 4096, 32, 8, 12288),
 }
 WEIGHT_STD = 0.02
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def hf_config(name: str) -> dict[str, object]:
@@ -81,8 +82,22 @@ def random_shard(spec: ModelSpec, device: torch.device) -> dict[str, Tensor]:
 
 
 def write_checkpoint(name: str, folder: Path, device: torch.device) -> ModelSpec:
-    """A model folder with random weights and no tokenizer."""
+    """A model folder with random weights and a tokenizer of as many words."""
     spec = write_config(name, folder)
     tensors = {source: random_tensor(spec, source, device) for entry in entries(spec) for source in entry.sources}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, spec.vocab_size)
     return spec
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer whose words are ``t0``, ``t1``, ...: both sides read and write the same text for every token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="t151645", pad_token="t151643", unk_token="t0", chat_template=CHAT
+    )
+    tokenizer.save_pretrained(folder)

@@ -35,20 +35,6 @@ JOB = {
     "microbatch": 16,
     "microbatch_tokens": 16384,
 }
-CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer whose words are ``t0``, ``t1``, ...: both sides read and write the same text for every token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="t151645", pad_token="t151643", unk_token="t0", chat_template=CHAT
-    )
-    tokenizer.save_pretrained(folder)
 
 
 def texts() -> list[str]:
@@ -94,10 +80,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["tandem", "trl"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    folder = SCRATCH / f"{args.model}-words"
+    folder = SCRATCH / args.model
     if not (folder / "tokenizer.json").exists():
-        spec = shapes.write_checkpoint(args.model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        write_tokenizer(folder, spec.vocab_size)
+        shapes.write_checkpoint(args.model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     job = {**JOB, "model": str(folder), "steps": args.steps, "texts": texts(), "limit_s": args.limit_s}
     job["scratch"] = str(SCRATCH / "step")
     figures: dict[str, Any] = {"job": dict(JOB)}

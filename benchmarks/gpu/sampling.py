@@ -88,6 +88,22 @@ def speed(work: Callable[[], int], repeats: int = 3) -> float:
     return sorted(speeds)[len(speeds) // 2]
 
 
+def options_of(max_adapters: int, rank: int) -> VllmOptions:
+    """CUDA graphs, adapters on all linears."""
+    return VllmOptions(
+        max_model_len=1024,
+        max_num_seqs=PROMPTS,
+        max_num_batched_tokens=8192,
+        max_adapters=max_adapters,
+        max_lora_rank=rank,
+        lora_parents=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        kv_cache_bytes=12 * 2**30,
+        gpu_memory_utilization=0.6,
+        enforce_eager=False,
+        enable_prefix_caching=False,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -111,18 +127,7 @@ def main() -> None:
         shapes.write_checkpoint(args.model, folder, device.torch_device)
         torch.cuda.empty_cache()
     spec = shapes.write_config(args.model, folder)
-    options = VllmOptions(
-        max_model_len=1024,
-        max_num_seqs=PROMPTS,
-        max_num_batched_tokens=8192,
-        max_adapters=args.max_adapters,
-        max_lora_rank=args.rank,
-        lora_parents=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        kv_cache_bytes=12 * 2**30,
-        gpu_memory_utilization=0.6,
-        enforce_eager=False,
-        enable_prefix_caching=False,
-    )
+    options = options_of(args.max_adapters, args.rank)
     started = time.perf_counter()
     engine = VllmEngine(folder, options, mesh=mesh, device=device, dtype=torch.bfloat16)
     start_s = time.perf_counter() - started

@@ -153,12 +153,15 @@ def _original(kind: Any, name: str) -> Any:
 
 def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -> Callable[..., None]:
     def create_weights(
-        method: Any, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], **others: Any
+        method: Any,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *others: Any,
+        **named: Any,
     ) -> None:
         width, parts = input_size_per_partition, output_partition_sizes
-        original(
-            method, layer, input_size_per_partition=width, output_partition_sizes=parts, **others
-        )
+        original(method, layer, width, parts, *others, **named)
         rows, more = sum(parts), len(parts) * slots * rank
         if layer.prefix.rpartition(".")[2] in parents and not layer.has_bias and more * MAX_SHARE <= rows:
             extended = layer.weight.data.new_zeros(rows + more, width)

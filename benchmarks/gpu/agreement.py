@@ -141,19 +141,15 @@ POSITIONS: dict[str, Tensor] = {}
 
 def engine_linear(self: Any, x: Tensor) -> Tensor:
     """The product as the engine makes it: batch-invariant where that is on; the adapter as the fused path makes it."""
-    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+    from framework.engine.vllm.fused_lora import expand, product
 
-    invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    product = linear_batch_invariant if invariant else torch.nn.functional.linear
     factors = self.switch.modules.get(self.path)
     y = product(x, self.weight)
     if factors is None:
         return y
-    u = product(x, factors.a_all)
-    for part in factors.slices:
-        delta = (u[:, part.columns].float() @ part.b.float().t()).to(y.dtype)
-        y[:, part.rows] += delta
-    return y
+    full = torch.cat([y, product(x, factors.a_all)], dim=1)
+    slot = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    return expand(full, [part.b[None, None] for part in factors.slices], slot)
 
 
 def trainer_parts(rt: SamplingRuntime, model: Any) -> dict[str, Callable[[], Any]]:

@@ -21,6 +21,7 @@ from benchmarks.gpu import report, shapes
 from framework.device import open_device
 from framework.distributed import open_mesh
 from framework.engine.base import SampleRequest, generate
+from framework.engine.vllm import fused_lora
 from framework.engine.vllm.engine import VllmEngine, VllmOptions
 from framework.lora.spec import LoraSpec
 from framework.trainer.megatron.adapter import AdapterState
@@ -87,6 +88,22 @@ def speed(work: Callable[[], int], repeats: int = 3) -> float:
     return sorted(speeds)[len(speeds) // 2]
 
 
+def options_of(max_adapters: int, rank: int) -> VllmOptions:
+    """CUDA graphs, adapters on all linears."""
+    return VllmOptions(
+        max_model_len=1024,
+        max_num_seqs=PROMPTS,
+        max_num_batched_tokens=8192,
+        max_adapters=max_adapters,
+        max_lora_rank=rank,
+        lora_parents=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        kv_cache_bytes=12 * 2**30,
+        gpu_memory_utilization=0.6,
+        enforce_eager=False,
+        enable_prefix_caching=False,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -94,10 +111,15 @@ def main() -> None:
     parser.add_argument("--lora-configs", type=Path)
     parser.add_argument("--name", default="sampling")
     parser.add_argument("--max-adapters", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--vllm-kernels", action="store_true", help="vLLM's own LoRA kernels instead of ours")
+    parser.add_argument("--without-vllm", action="store_true", help="our engine only")
     args = parser.parse_args()
     if args.lora_configs:
         write_lora_configs(args.lora_configs)
         os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(args.lora_configs)
+    if args.vllm_kernels:
+        fused_lora.MAX_SHARE = 10**9
     device = open_device("auto", local_rank=0)
     mesh = open_mesh(device, tensor_parallel_size=1, timeout_s=60.0)
     folder = SCRATCH / args.model
@@ -105,40 +127,35 @@ def main() -> None:
         shapes.write_checkpoint(args.model, folder, device.torch_device)
         torch.cuda.empty_cache()
     spec = shapes.write_config(args.model, folder)
-    options = VllmOptions(
-        max_model_len=1024,
-        max_num_seqs=PROMPTS,
-        max_num_batched_tokens=8192,
-        max_adapters=args.max_adapters,
-        max_lora_rank=32,
-        lora_parents=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        kv_cache_bytes=12 * 2**30,
-        gpu_memory_utilization=0.6,
-        enforce_eager=False,
-        enable_prefix_caching=False,
-    )
+    options = options_of(args.max_adapters, args.rank)
     started = time.perf_counter()
     engine = VllmEngine(folder, options, mesh=mesh, device=device, dtype=torch.bfloat16)
     start_s = time.perf_counter() - started
     print(f"engine started in {start_s:.0f} s", flush=True)
-    state = AdapterState(spec, LoraSpec(rank=32), mesh, seed=0, dtype=torch.bfloat16, device=device.torch_device)
+    state = AdapterState(spec, LoraSpec(rank=args.rank), mesh, seed=0, dtype=torch.bfloat16, device=device.torch_device)
     state.master.normal_(0.0, 0.01)
     state.publish()
     ref = AdapterRef(name="policy", version=1, content_hash="")
     engine.load_adapter(ref, state.spec, state.shards())
     prompts = torch.randint(0, 150000, (PROMPTS, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    figures = {
-        "ours, LoRA": speed(lambda: ours(engine, prompts, ref)),
-        "plain vLLM, LoRA, logprobs": speed(lambda: plain_vllm(engine, prompts, ref, 0)),
-        "plain vLLM, LoRA, no logprobs": speed(lambda: plain_vllm(engine, prompts, ref, None)),
-        "ours, base": speed(lambda: ours(engine, prompts, None)),
-        "plain vLLM, base, no logprobs": speed(lambda: plain_vllm(engine, prompts, None, None)),
+    works: dict[str, Callable[[], int]] = {
+        "ours, LoRA": lambda: ours(engine, prompts, ref),
+        "ours, base": lambda: ours(engine, prompts, None),
+        "plain vLLM, LoRA, logprobs": lambda: plain_vllm(engine, prompts, ref, 0),
+        "plain vLLM, LoRA, no logprobs": lambda: plain_vllm(engine, prompts, ref, None),
+        "plain vLLM, base, no logprobs": lambda: plain_vllm(engine, prompts, None, None),
     }
+    chosen = list(works)[: 2 if args.without_vllm else None]
+    figures = {what: speed(works[what]) for what in chosen}
     rows = [{"what": key, "tokens/s": round(value)} for key, value in figures.items()]
     print(report.table(rows), flush=True)
-    print("ours / plain:", figures["ours, LoRA"] / figures["plain vLLM, LoRA, logprobs"])
+    if not args.without_vllm:
+        print("ours / plain:", figures["ours, LoRA"] / figures["plain vLLM, LoRA, logprobs"])
     print("LoRA / base:", figures["ours, LoRA"] / figures["ours, base"], flush=True)
-    report.write(args.out / f"{args.name}.json", {**figures, "start s": start_s, "tuned": bool(args.lora_configs)})
+    report.write(
+        args.out / f"{args.name}.json",
+        {**figures, "start s": start_s, "tuned": bool(args.lora_configs), "fused": not args.vllm_kernels},
+    )
     os._exit(0)  # vLLM's teardown takes long and says nothing
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from framework.batching import make_batch
 from framework.config import RunConfig
@@ -46,11 +45,10 @@ def on_an_accelerator(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
     cfg = full(model, run_dir / "grpo")
     rt = open_sampling(cfg)
     seen: dict[str, Any] = {"start": probabilities(rt, None)}
-    before = torch.cuda.memory_allocated()
     grpo.run(cfg, rt)
-    seen["bytes per parameter"] = (torch.cuda.memory_allocated() - before) / sum(
-        tensor.numel() for tensor in rt.trainer.base_weights().values()
-    )
+    parameters = sum(tensor.numel() for tensor in rt.trainer.base_weights().values())
+    kept = sum(tensor.nbytes for tensor in rt.trainer.state_dict(POLICY).values() if tensor.dim())
+    seen["bytes per parameter"] = kept / parameters
     assert isinstance(rt.weight_sync, SharedWeights)
     ref = rt.weight_sync.push(POLICY)
     seen["trained"] = probabilities(rt, ref)

@@ -100,6 +100,8 @@ def full_losses(cfg: RunConfig, *, num_steps: int) -> list[float]:
     rows = [json.loads(line) for line in Path(cfg.data.name_or_path).read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.name_or_path)
     model = AutoModelForCausalLM.from_pretrained(cfg.model.name_or_path, dtype=torch.float32)
+    # transformers drops the gradient of the padding token's embedding, which here is also the token that ends a turn.
+    model.get_input_embeddings().padding_idx = None
     return _train(cfg, model, list(model.parameters()), tokenizer, rows, num_steps)
 
 

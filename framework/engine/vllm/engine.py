@@ -257,7 +257,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_model_len),
-        **_lora_arguments(options),
+        **_lora_arguments(options, device),
         logprobs_mode="processed_logprobs",
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.enable_prefix_caching,
@@ -279,7 +279,7 @@ def _head_dtype(device: Device, dtype: torch.dtype) -> dict[str, str]:
     return {"head_dtype": "float32"} if device.compiles_kernels and dtype is not torch.float32 else {}
 
 
-def _lora_arguments(options: VllmOptions) -> dict[str, Any]:
+def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:
     if not options.max_adapters:
         return {"enable_lora": False}
     width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
@@ -287,6 +287,10 @@ def _lora_arguments(options: VllmOptions) -> dict[str, Any]:
         raise ConfigError(
             f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
         )
+    if device.compiles_kernels:
+        from framework.engine.vllm import fused_lora  # needs a kernel compiler
+
+        fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width)
     return {
         "enable_lora": True,
         "max_loras": options.max_adapters,

@@ -103,8 +103,16 @@ def linear_with_slots(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Ten
         no_adapter: one bool on the host: no token of the batch has an adapter. Read at capture, as vLLM's operators do.
     """
     if no_adapter.item():
-        return torch.nn.functional.linear(x, extended[: sum(part.shape[2] for part in b)])
-    return expand(torch.nn.functional.linear(x, extended), b, slot_of)
+        return product(x, extended[: sum(part.shape[2] for part in b)])
+    return expand(product(x, extended), b, slot_of)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T as vLLM's linears make it."""
+    from vllm import envs
+    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+
+    return (linear_batch_invariant if envs.VLLM_BATCH_INVARIANT else torch.nn.functional.linear)(x, weight)
 
 
 def _shape_only(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, no_adapter: Tensor) -> Tensor:
@@ -144,8 +152,16 @@ def _original(kind: Any, name: str) -> Any:
 
 
 def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -> Callable[..., None]:
-    def create_weights(method: Any, layer: Any, width: int, parts: list[int], *args: Any, **kwargs: Any) -> None:
-        original(method, layer, width, parts, *args, **kwargs)
+    def create_weights(
+        method: Any,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        width, parts = input_size_per_partition, output_partition_sizes
+        original(method, layer, width, parts, *others, **named)
         rows, more = sum(parts), len(parts) * slots * rank
         if layer.prefix.rpartition(".")[2] in parents and not layer.has_bias and more * MAX_SHARE <= rows:
             extended = layer.weight.data.new_zeros(rows + more, width)

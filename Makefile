@@ -20,7 +20,7 @@ overrides = $(if $(MODEL),model.name_or_path=$(MODEL)) $(ARGS)
 # Before the ranks start, unless ARGS names another model.
 fetch_model = $(if $(named_in_args),:,$(BIN)/python -m framework.models.hub $(MODEL))
 
-.PHONY: help env grpo sft serve doctor test test-all faults lint format lock clean
+.PHONY: help env grpo sft serve doctor test test-all test-gpu faults lint format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test: env ## the tests, two ranks included, without the slow ones
 
 test-all: env ## every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: env ## the tests that need an accelerator
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 faults: env ## every fault of docs/reliability.md, whose table it writes
 	@$(BIN)/python -m pytest tests/faults --all-faults $(ARGS)

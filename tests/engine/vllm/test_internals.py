@@ -92,3 +92,28 @@ def test_the_kv_cache_is_dropped_by_its_tag() -> None:
 
     assert {"tag", "handle", "is_asleep"} <= set(inspect.signature(AllocationData).parameters)
     assert "pointer_to_data" in source(CuMemAllocator.__init__)
+
+
+def test_the_size_of_the_kv_cache_is_asked_for_where_it_is_replaced() -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    assert arguments(ExecutorWithExternalLauncher.determine_available_memory) == ["self"]
+    assert "self.model_executor.determine_available_memory()" in source(EngineCore._initialize_kv_caches)
+
+
+@pytest.mark.gpu
+def test_the_worker_knows_its_largest_step_and_puts_a_woken_cache_in_order() -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "self.peak_activation_memory = " in source(Worker.determine_available_memory)
+    assert "self.model_runner.post_kv_cache_wake_up()" in source(Worker.wake_up)
+
+
+def test_the_size_is_replaced_inside_the_block_only() -> None:
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
+
+    original = Launcher.determine_available_memory
+    with internals.cache_sized_by(lambda profile: 7):
+        assert Launcher.determine_available_memory is not original
+    assert Launcher.determine_available_memory is original

@@ -32,6 +32,7 @@ def full(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
         "lora": None,
         "model": {"name_or_path": str(model), "dtype": "bfloat16"},
         "hardware": {"device": "cuda"},
+        "engine__enforce_eager": True,
         "num_steps": 3,
         "optimizer": {"learning_rate": 1e-3},
         "checkpoint": {"every": 2},

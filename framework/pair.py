@@ -111,11 +111,12 @@ def check_shares_weights(cfg: RunConfig, base: Base) -> None:
     Raises:
         ConfigError: with the ways out.
     """
-    if not base.device.shares_weights or cfg.engine.backend != "vllm":
+    if not base.device.shares_weights and cfg.engine.backend == "vllm":
         raise ConfigError(
             f"lora=none with recipe={cfg.recipe}: the trainer writes into the weights the engine samples with, but on "
-            f"a {base.device.kind} vLLM repacks them into a layout of its own; use a GPU (hardware=gpu), train an "
-            f"adapter, or fine-tune without sampling (+recipe=sft)"
+            f"a {base.device.kind} vLLM repacks them into a layout of its own; use a GPU (hardware=gpu), sample "
+            f"with the trainer's own model (engine.backend=trainer), train an adapter, or fine-tune without sampling "
+            f"(+recipe=sft)"
         )
 
 

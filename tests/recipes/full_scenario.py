@@ -1,4 +1,4 @@
-"""What test_grpo_full.py runs on an accelerator: GRPO and SFT of every weight, in the engine's own tensors."""
+"""What test_grpo_full.py runs: GRPO and SFT of every weight, in the tensors that the engine samples with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from framework.batching import make_batch
 from framework.config import RunConfig
 from framework.engine.base import SampleRequest, generate
 from framework.errors import FrameworkError
-from framework.pair import open_trainer
 from framework.runtime import (
     POLICY,
     SamplingRuntime,
@@ -25,13 +24,18 @@ from framework.types import AdapterRef, Datum, Prompt, SamplingParams
 from recipes import grpo, sft
 from tests.recipes.scenario import PROMPTS, config
 
+PLACES: dict[str, dict[str, Any]] = {
+    "vllm": {"model__dtype": "bfloat16", "hardware__device": "cuda", "engine__enforce_eager": True},
+    "trainer": {"engine__backend": "trainer"},
+}
+"""The engine of an accelerator, and sampling with the trainer's own model, which runs anywhere; fp32 there."""
 
-def full(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
-    """Every weight, bf16, on the accelerator."""
+
+def full(model: Path, run_dir: Path, place: str, **overrides: Any) -> RunConfig:
+    """Every weight, three steps, a checkpoint after the second."""
     options: dict[str, Any] = {
+        **PLACES[place],
         "lora": None,
-        "model": {"name_or_path": str(model), "dtype": "bfloat16"},
-        "hardware": {"device": "cuda"},
         "num_steps": 3,
         "optimizer": {"learning_rate": 1e-3},
         "checkpoint": {"every": 2},
@@ -40,9 +44,9 @@ def full(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
     return config(model, run_dir, **{**options, **overrides})
 
 
-def on_an_accelerator(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
+def run_all(model: Path, rows: Path, run_dir: Path, place: str) -> dict[str, Any]:
     """Everything in one process, because starting the engine costs more than all that it is asked."""
-    cfg = full(model, run_dir / "grpo")
+    cfg = full(model, run_dir / "grpo", place)
     rt = open_sampling(cfg)
     seen: dict[str, Any] = {"start": probabilities(rt, None)}
     grpo.run(cfg, rt)
@@ -54,9 +58,9 @@ def on_an_accelerator(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
     seen["trained"] = probabilities(rt, ref)
     seen["step without push"] = step_without_push(rt, ref)
     seen["old version"] = refused(lambda: probabilities(rt, ref))
-    seen["resumed"] = resumed(rt, cfg, run_dir)
+    seen["resumed"] = resumed(rt, cfg)
     data = {"name_or_path": str(rows), "batch_size": 8, "heldout_rows": 4}
-    other = full(model, run_dir / "sft", recipe="sft", num_steps=8, data=data)
+    other = full(model, run_dir / "sft", place, recipe="sft", num_steps=8, data=data)
     sft.run(other, open_training(other))
     return seen
 
@@ -93,20 +97,13 @@ def step_without_push(rt: SamplingRuntime, ref: AdapterRef) -> str | None:
     return message
 
 
-def resumed(rt: SamplingRuntime, cfg: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """A new trainer over the same engine takes up the checkpoint of step 2 and makes step 3 again."""
-    trainer = open_trainer(cfg, rt.base, dict(rt.engine.base_weights()))  # type: ignore[attr-defined]
-    sync = SharedWeights(
-        trainer,
-        rt.engine,  # type: ignore[arg-type]
-        rt.weight_sync.versions,
-        synchronize=rt.base.device.synchronize,
-        check_lockstep=rt.mesh.check_lockstep,
-    )
-    again = replace(rt, trainer=trainer, weight_sync=sync, **open_records(cfg, rt.base))
+def resumed(rt: SamplingRuntime, cfg: RunConfig) -> dict[str, Any]:
+    """The training is given up, taken up again from the checkpoint of step 2, and makes step 3 once more."""
+    rt.trainer.remove_adapter(POLICY)
+    again = replace(rt, **open_records(cfg, rt.base))
     assert again.resumed is not None
     grpo.run(cfg, again)
-    return {**probabilities(again, sync.push(POLICY)), "from step": again.resumed.step}
+    return {**probabilities(again, again.weight_sync.push(POLICY)), "from step": again.resumed.step}
 
 
 def refused(call: Any) -> str | None:

@@ -110,6 +110,17 @@ class TrainerEngine:
         self._free: list[Slot] = []
         self._num_slots_made = 0
         self._flights: dict[str, Flight] = {}
+        self._base_ref: AdapterRef | None = None
+
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """See :meth:`SharedWeightsEngine.base_weights`."""
+        return self._trainer.base_weights()
+
+    def adopt_weights(self, ref: AdapterRef) -> None:
+        """See :meth:`SharedWeightsEngine.adopt_weights`."""
+        if self._flights:
+            raise AdapterError(f"{ref} cannot be adopted: {len(self._flights)} requests still sample from the weights")
+        self._base_ref = ref
 
     @property
     def max_adapters(self) -> int:
@@ -169,13 +180,18 @@ class TrainerEngine:
             raise AdapterError(f"adapter version {ref} is not loaded; push it before sampling from it")
         return self._slots[ref.version]
 
+    def _name_of(self, ref: AdapterRef | None) -> str | None:
+        """What the trainer calls the version; the base model under training has a name of its own."""
+        if ref is None:
+            return None
+        return ref.name if ref == self._base_ref else self._slot(ref).name
+
     def submit(self, request: SampleRequest) -> None:
         """See :meth:`RolloutEngine.submit`."""
         check_request(
             request, vocab_size=self._options.vocab_size, context_tokens=self.max_prompt_tokens, known=self._flights
         )
-        if request.adapter is not None:
-            self._slot(request.adapter)  # refuses a version that is not loaded
+        self._name_of(request.adapter)  # refuses a version that is not loaded
         seed = request.sampling.seed
         if seed is None:
             seed = int(torch.randint(2**62, (1,), generator=self._seeds))
@@ -209,7 +225,7 @@ class TrainerEngine:
         """Reads what is unread and draws one token."""
         request, sampling = flight.request, flight.request.sampling
         wants_prompt = not flight.tokens and (sampling.prompt_logprobs or sampling.top_prompt_logprobs > 0)
-        name = None if request.adapter is None else self._slot(request.adapter).name
+        name = self._name_of(request.adapter)
         logits, flight.past = self._trainer.extend(
             name, flight.past, torch.tensor(flight.unread), keep=len(flight.unread) if wants_prompt else 1
         )

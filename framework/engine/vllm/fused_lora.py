@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SHARE = 8
+MAX_SHARE = 4
 """The rows of A may be at most one in so many of the base's."""
 EXTENDED = "tandem_extended"
 """Attribute of vLLM's linear that holds the weight with A behind it; absent where vLLM's kernels are kept."""

@@ -71,10 +71,18 @@ class BaseState:
         """None is zero; a gradient takes as much memory as the masters."""
         self._target: Tensor | None = None
         self.num_microbatches = 0
+        self._hooks = []
         for name, leaf in self._weights.items():
             self._view(self._optimizer.master, name).copy_(leaf)
             leaf.requires_grad_(True)
-            leaf.register_post_accumulate_grad_hook(self._collector(name))
+            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._collector(name)))
+
+    def release(self) -> None:
+        """Leaves the tensors as they are and freezes them again; the state is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        for leaf in self._weights.values():
+            leaf.requires_grad_(False)
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
         return flat[self._places[name]].view(self._weights[name].shape)

@@ -1,7 +1,7 @@
 """Triton kernels behind :class:`Pointwise`: each reads its inputs once and writes its outputs once.
 
-Imported only where the device compiles them. Intermediate roundings follow the engine's kernels: a norm is rounded
-before its weight, silu(gate) before the product with up, each product of a rotation before the sum.
+Imported only where the device compiles them. They round where the engine's kernels do (vllm 0.26.0): a norm and a
+rotation once, at their end; silu(gate) also before the product with up.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ def _rms_norm_forward(x_ptr, w_ptr, y_ptr, n, eps, BLOCK: tl.constexpr):  # type
     row = tl.program_id(0).to(tl.int64) * n
     column = tl.arange(0, BLOCK)
     inside = column < n
-    raw = tl.load(x_ptr + row + column, mask=inside, other=0.0)
-    x = raw.to(tl.float32)
+    x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x) / n + eps)
     w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    y = (x * rstd).to(raw.dtype).to(tl.float32) * w
-    tl.store(y_ptr + row + column, y, mask=inside)
+    tl.store(y_ptr + row + column, x * rstd * w, mask=inside)
 
 
 @triton.jit
@@ -148,12 +146,12 @@ def _norm_rotate_forward(  # type: ignore[no-untyped-def]
             w_ptr = qw_ptr if head < QUERY else kw_ptr
             w1 = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
             w2 = tl.load(w_ptr + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-            x1 = ((x1 * rstd).to(raw1.dtype).to(tl.float32) * w1).to(raw1.dtype).to(tl.float32)
-            x2 = ((x2 * rstd).to(raw1.dtype).to(tl.float32) * w2).to(raw1.dtype).to(tl.float32)
+            x1 = (x1 * rstd * w1).to(raw1.dtype).to(tl.float32)
+            x2 = (x2 * rstd * w2).to(raw1.dtype).to(tl.float32)
         cos = tl.load(cos_ptr + token * DIM + column, mask=inside, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + token * DIM + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-        y1 = (x1 * cos).to(raw1.dtype).to(tl.float32) - (x2 * sin).to(raw1.dtype).to(tl.float32)
-        y2 = (x2 * cos).to(raw1.dtype).to(tl.float32) + (x1 * sin).to(raw1.dtype).to(tl.float32)
+        y1 = x1 * cos - x2 * sin
+        y2 = x2 * cos + x1 * sin
         if head < QUERY:
             target = q_ptr + (token * QUERY + head) * DIM + column
         else:

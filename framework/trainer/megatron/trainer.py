@@ -110,7 +110,9 @@ class MegatronTrainer:
 
     def remove_adapter(self, name: str) -> None:
         """Frees its state."""
-        self._state(name)
+        state = self._state(name)
+        if isinstance(state, BaseState):
+            state.release()
         del self._states[name]
 
     def adapters(self) -> Mapping[str, LoraSpec]:

@@ -142,6 +142,23 @@ def test_nothing_stands_beside_a_base_model_under_training(tiny: dict[str, Path]
         other.export_base("a")
 
 
+def test_a_training_that_was_given_up_leaves_the_model_as_it_is_and_can_begin_again(
+    tiny: dict[str, Path], mesh: Mesh, device: Device
+) -> None:
+    trainer = scenario.open_trainer(tiny["llama"], mesh, device)
+    before = trainer.logits(None, scenario.SEQUENCE)
+    batch = scenario.make_batch(BATCHES[0], trainer)
+    losses = []
+    for _ in range(2):
+        trainer.train_base("policy")
+        losses.append(trainer.forward_backward("policy", batch, scenario.policy_loss).loss)
+        trainer.remove_adapter("policy")
+        assert not any(tensor.requires_grad for tensor in trainer.base_weights().values())
+    assert losses[0] == losses[1]
+    assert torch.equal(trainer.logits(None, scenario.SEQUENCE), before)
+    trainer.add_adapter("a", LoraSpec(), seed=0)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny: dict[str, Path], mesh: Mesh, device: Device) -> None:
     trainer = scenario.open_trainer(tiny["llama"], mesh, device)
     trainer.train_base("policy")

@@ -53,7 +53,9 @@ def commands() -> list[list[str]]:
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text().replace("\\\n", " ")
         found += [
-            shlex.split(line, comments=True)[2:] for line in text.splitlines() if line.startswith("    torchrun launch/train.py")
+            shlex.split(line, comments=True)[2:]
+            for line in text.splitlines()
+            if line.startswith("    torchrun launch/train.py")
         ]
     return found
 

@@ -47,6 +47,8 @@ from framework.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 20.0
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end the service in order; torchrun passes a hangup of its terminal on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,11 +214,11 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def serve(config: ServiceConfig, backend: Backend) -> None:
-    """Serves until SIGTERM or SIGINT. All ranks call it; returns on all of them together."""
+    """Serves until one of :data:`STOPS`. All ranks call it; returns on all of them together."""
     warm_up(backend)
     settle()
     if backend.mesh.tp_rank != 0:
-        for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when all end
+        for number in STOPS:  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)
         Executor(worker=build_worker(config, backend, None), mesh=backend.mesh, planner=None).run()
         return
@@ -229,7 +231,7 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
         service.stopping = True
         leader.inbox.put(Stop())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to be interrupted
             signal.signal(number, stop)
     http.start()

@@ -91,7 +91,7 @@ def train(client: Client, model_id: str) -> float:
     return float(loss)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=["term", "hangup", "kill"])
 @pytest.mark.parametrize("snapshot_after_s", [0.0, 1e9], ids=["snapshots", "replay"])
 def test_training_goes_on_where_it_was(
     process: Process, config: ServiceConfig, ending: signal.Signals, snapshot_after_s: float
@@ -114,7 +114,7 @@ def test_training_goes_on_where_it_was(
     pinned = client.sample(["abc"], model_id=model, sampling_params=params)
     assert pinned["model_id"] == f"{model}@3"
     client.forward_backward(model, ROWS)  # accumulated, its step comes after the restart
-    assert process.end(ending) == (0 if ending == signal.SIGTERM else -signal.SIGKILL)
+    assert process.end(ending) == (-signal.SIGKILL if ending == signal.SIGKILL else 0)
     process.start()
     seen += [train(client, model), train(client, model)]
     assert seen == expected

@@ -201,6 +201,15 @@ class HttpThread:
         asyncio.run(self._server.serve(sockets=[self._socket]))
 
 
+def check_address(host: str, port: int) -> None:
+    """Finds out early whether the service could listen.
+
+    Raises:
+        ConfigError: the address cannot be bound; names both keys.
+    """
+    _bind(host, port).close()
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
@@ -208,6 +217,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         sock.bind((host, port))
     except OSError as error:
+        sock.close()
         raise ConfigError(f"service.host={host}, service.port={port} cannot be bound: {error}") from error
     sock.listen(2048)
     return sock

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 
 from framework.config import RunConfig
 from framework.errors import ConfigError
 from framework.lora.peft_io import peft_config
 from framework.lora.spec import LoraSpec
 from framework.pair import Base, Pair, cache_bytes, open_base, open_pair
-from framework.service.launch import Backend, serve
+from framework.service.launch import Backend, check_address, serve
 from framework.service.logs import set_up_logs
 from framework.service.service import Model
 from framework.service.settings import ServiceConfig
@@ -23,9 +24,11 @@ def open_and_serve(run: RunConfig, service: ServiceConfig) -> None:
     """Opens trainer and engine and serves until SIGTERM. Every rank calls it.
 
     Raises:
-        ConfigError: the processes do not form one tensor-parallel group, or a value does not fit.
+        ConfigError: the address is taken, the processes do not form one tensor-parallel group, or a value does not fit.
     """
     set_up_logs(service.log_level)
+    if os.environ.get("RANK", "0") == "0":
+        check_address(service.host, service.port)  # before a model is loaded for nothing
     backend = open_backend(run, service)
     if backend.mesh.tp_rank == 0:
         log.info("starting", extra=facts(run, service, backend))

@@ -287,11 +287,13 @@ def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:
         raise ConfigError(
             f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
         )
+    layout: dict[str, str] = {}
     if device.compiles_kernels:
         from framework.engine.vllm import fused_lora  # needs a kernel compiler
 
-        fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width)
+        layout = fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width)
     return {
+        "additional_config": layout,
         "enable_lora": True,
         "max_loras": options.max_adapters,
         "max_cpu_loras": options.max_adapters,

@@ -119,13 +119,16 @@ def _shape_only(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, n
     return x.new_empty(x.shape[0], sum(part.shape[2] for part in b))
 
 
-def install(parents: tuple[str, ...], *, slots: int, rank: int) -> None:
+def install(parents: tuple[str, ...], *, slots: int, rank: int) -> dict[str, str]:
     """Makes the engine that starts next in this process keep A behind the base weights of these linears.
 
     Args:
         parents: names of the linears with adapters, e.g. ``("qkv_proj", "down_proj")``.
         slots: adapters the engine holds at once.
         rank: width of a slot.
+
+    Returns:
+        What vLLM must know, to keep compiled graphs of this layout apart from others in its cache.
     """
     from vllm.lora.layers import base_linear, column_parallel_linear
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -143,6 +146,7 @@ def install(parents: tuple[str, ...], *, slots: int, rank: int) -> None:
         kind.create_lora_weights = _placing(_original(kind, "create_lora_weights"))
     base = base_linear.BaseLinearLayerWithLoRA
     base._apply_sync = _applying(_original(base, "_apply_sync"))
+    return {"tandem_lora": f"A behind the weight where it is at most 1/{MAX_SHARE} of it"}
 
 
 def _original(kind: Any, name: str) -> Any:

@@ -22,6 +22,7 @@ from tests.ranks import RanksFailed, run_ranks
 from tests.recipes.resume_scenario import steps_of
 from tests.recipes.sft_scenario import full_losses, sft_config
 
+pytestmark = pytest.mark.slow
 TARGET = "tests.recipes.resume_scenario:run_once"
 
 

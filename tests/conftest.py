@@ -15,17 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="run every case of tests/faults/ (make faults)")
 
 
-SLOW = (
-    "tests/benchmarks",
-    "tests/faults",
-    "tests/launch",
-    "tests/recipes/test_distill_dpo_evaluate.py",
-    "tests/recipes/test_sft.py",
-    "tests/service/test_app.py",
-    "tests/service/test_recovery.py",
-    "tests/test_progress.py",
-)
-"""Files and folders whose tests start many processes; ``make test-all`` runs them, ``make test`` does not."""
+SLOW = ("tests/service/test_app.py", "tests/service/test_recovery.py")
+"""Files whose tests start many processes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 SLOW = ("tests/service/test_app.py", "tests/service/test_recovery.py")
-"""Files whose tests start many processes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
+"""Files that start many processes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,12 +6,9 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from tests.ranks import ROOT, clean_environment
 
 
-@pytest.mark.slow
 def test_a_hundred_steps_and_ten_adapters_leave_no_more_memory_taken() -> None:
     command = [sys.executable, "benchmarks/memory_flat.py", "--steps", "100", "--adapters", "10"]
     done = subprocess.run(

@@ -25,6 +25,7 @@ from framework.types import Datum
 
 def run(cfg: RunConfig, rt: Runtime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
+    cfg.data.check_replicas(rt.mesh.dp_size)
     data = Demonstrations(
         open_rows(cfg.data.name_or_path, split=cfg.data.split),
         rt.chat,

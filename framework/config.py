@@ -260,15 +260,6 @@ class DataConfig:
     heldout_rows: int = 64
     """The last rows of the data set; never trained on, they give eval/loss."""
 
-    def check_replicas(self, num_replicas: int) -> None:
-        """Refuses a batch of which a replica would get nothing.
-
-        Raises:
-            ConfigError: naming the key and both numbers.
-        """
-        if self.batch_size < num_replicas:
-            raise ConfigError(f"data.batch_size={self.batch_size}: {num_replicas} data-parallel replicas share a batch")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:

@@ -18,7 +18,7 @@ from framework.algorithms.preference import dpo_pair_loss
 from framework.batching import Batch, make_batch
 from framework.config import RunConfig
 from framework.data.datasets import open_rows
-from framework.data.order import ShuffledOrder, first_rows
+from framework.data.order import ShuffledOrder, check_batch_size, first_rows
 from framework.data.supervised import Preferences, length_report
 from framework.errors import ConfigError, DataError
 from framework.metrics import reduce_metrics
@@ -32,7 +32,7 @@ def run(cfg: RunConfig, rt: Runtime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
     if cfg.lora is None:
         raise ConfigError("lora=none: DPO compares with the base model, which full fine-tuning changes; use an adapter")
-    cfg.data.check_replicas(rt.mesh.dp_size)
+    check_batch_size(cfg.data.batch_size, rt.mesh.dp_size)
     rows = open_rows(cfg.data.name_or_path, split=cfg.data.split)
     data = Preferences(rows, rt.chat, max_tokens=cfg.data.max_tokens, too_long=cfg.data.too_long)
     num_train = len(data) - cfg.data.heldout_rows

@@ -13,7 +13,7 @@ from framework.algorithms.supervised import CrossEntropy
 from framework.batching import Batch, make_batch
 from framework.config import RunConfig
 from framework.data.datasets import open_rows
-from framework.data.order import ShuffledOrder, first_rows
+from framework.data.order import ShuffledOrder, check_batch_size, first_rows
 from framework.data.supervised import Demonstrations, length_report
 from framework.errors import DataError
 from framework.metrics import reduce_metrics
@@ -25,7 +25,7 @@ from framework.types import Datum
 
 def run(cfg: RunConfig, rt: Runtime) -> None:
     """Trains the adapter for ``cfg.num_steps`` steps; leaves the adapter and ``summary.json`` in the run's folder."""
-    cfg.data.check_replicas(rt.mesh.dp_size)
+    check_batch_size(cfg.data.batch_size, rt.mesh.dp_size)
     data = Demonstrations(
         open_rows(cfg.data.name_or_path, split=cfg.data.split),
         rt.chat,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from framework.config import DataConfig, RolloutConfig, RunConfig, flatten, plain, schema, to_typed
+from framework.config import RolloutConfig, RunConfig, flatten, plain, schema, to_typed
 from framework.errors import ConfigError
 
 
@@ -55,9 +55,3 @@ def test_prompts_that_do_not_divide_over_replicas_and_optimizer_steps_are_refuse
         RolloutConfig(prompts_per_step=1).check_replicas(2)
     with pytest.raises(ConfigError, match=r"group_size=2 above rollout\.max_lag"):
         RolloutConfig(prompts_per_step=12, max_lag=2, group_size=2).check_replicas(1)
-
-
-def test_a_batch_that_leaves_a_replica_without_rows_is_refused() -> None:
-    assert DataConfig(batch_size=2).check_replicas(2) is None
-    with pytest.raises(ConfigError, match="data.batch_size=1: 2 data-parallel replicas"):
-        DataConfig(batch_size=1).check_replicas(2)

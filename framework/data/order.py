@@ -143,3 +143,13 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.RandomState:
     return np.random.RandomState(
         np.asarray([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch, stream], dtype=np.uint32)
     )
+
+
+def check_batch_size(batch_size: int, num_replicas: int) -> None:
+    """Refuses a batch of which a replica would get nothing.
+
+    Raises:
+        ConfigError: naming the key and both numbers.
+    """
+    if batch_size < num_replicas:
+        raise ConfigError(f"data.batch_size={batch_size}: {num_replicas} data-parallel replicas share a batch")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from framework.data.order import DataPosition, ShuffledOrder, first_rows
+from framework.data.order import DataPosition, ShuffledOrder, check_batch_size, first_rows
 from framework.errors import CheckpointError, ConfigError
 
 
@@ -69,3 +69,9 @@ def test_blocks_of_the_first_rows() -> None:
     assert first_rows(None, 6) is None
     order = ShuffledOrder(6, seed=0, blocks=first_rows([4, 4, 4], 6))
     assert sorted(order.next(6)) == list(range(6))
+
+
+def test_a_batch_that_leaves_a_replica_without_rows_is_refused() -> None:
+    assert check_batch_size(2, 2) is None
+    with pytest.raises(ConfigError, match=r"data\.batch_size=1: 2 data-parallel replicas"):
+        check_batch_size(1, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +171,7 @@ def _inside(svc: Service, given: str) -> Path:
     paths = svc.adapters.paths
     for root in (paths.lora_dir, paths.data_dir):
         folder = (root / given).resolve()
-        if folder.is_relative_to(root) and folder.is_dir():
+        if folder.is_relative_to(root) and os.path.isdir(folder):  # noqa: PTH112 - False for a name that is too long
             return folder
     raise RequestError(
         f"lora_path={given!r} is not a folder below {paths.lora_dir}; copy the adapter there and give its name"

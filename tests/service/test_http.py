@@ -134,7 +134,10 @@ def test_a_foreign_host_name_is_refused_in_local_mode(running: Running) -> None:
 
 
 def test_metrics_request_ids_and_docs(running: Running) -> None:
-    running.call("POST", "/sample", {"prompts": ["a"], "sampling_params": {"max_tokens": 3}})
+    params = {"max_tokens": 3, "temperature": 0}
+    sampled = running.call("POST", "/sample", {"prompts": ["a"], "sampling_params": params}).json()
+    (completion,) = sampled["completions"][0]
+    assert completion["stop_reason"] == "length"
     answer = running.call("GET", "/metrics", **{"X-Request-Id": "mine-7"})
     assert answer.headers["x-request-id"] == "mine-7"
     lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line and not line.startswith("#"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -91,14 +92,12 @@ class Watchdog:
         """Stacks of all threads, then exit. Ranks exit together: torchrun kills the rest when the first has gone."""
         if self._store is not None and not told:
             self._store.set("late", reason)
-        text = f"watchdog: {reason}; stacks of rank {self._rank}:"
+        text = f"watchdog: {reason}; stacks of rank {self._rank}:\n{_stacks()}"
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"stacks_rank{self._rank}.txt").open("w") as file:
-                print(text, file=file, flush=True)
-                faulthandler.dump_traceback(file, all_threads=True)
-        print(text, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            (self.folder / f"stacks_rank{self._rank}.txt").write_text(text)
+        sys.stderr.flush()
+        os.write(2, text.encode())  # in one piece: the ranks share the terminal
         if self._store is not None:
             ended = self._store.add("ended", 1)
             deadline = time.monotonic() + _OTHERS_S
@@ -106,3 +105,11 @@ class Watchdog:
                 time.sleep(0.05)
                 ended = self._store.add("ended", 0)
         os._exit(EXIT_CODE)
+
+
+def _stacks() -> str:
+    """Of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -71,10 +71,10 @@ class BareSlots:
             for _ in range(self.num_slots)
         ]
 
-    def rows(self, slot: int) -> Mapping[str, internals.SlotRows]:
+    def rows(self, slot: int, rank: int) -> Mapping[str, internals.SlotRows]:
         return self._rows[slot]
 
-    def bind(self, slot: int, adapter_id: int) -> None:
+    def bind(self, slot: int, adapter_id: int, rank: int) -> None:
         self._ids[slot] = adapter_id
 
     def unbind(self, slot: int) -> None:

@@ -67,7 +67,7 @@ def _rebind(engine: Any, ref: AdapterRef, *, to: int) -> None:
     """Gives the slot to another id, as an eviction behind the engine's back would."""
     slot = engine._slot_of[ref.version]
     engine._slots.unbind(slot)
-    engine._slots.bind(slot, to)
+    engine._slots.bind(slot, to, engine._rank_of[ref.version].rank)
 
 
 def _sampled(rt: SamplingRuntime, requests: Sequence[SampleRequest], ref: AdapterRef) -> list[Datum]:

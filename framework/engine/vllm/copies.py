@@ -29,18 +29,18 @@ class CopyPlan:
         torch._foreach_copy_(self.targets, self.sources)
 
 
-def plan_copies(shards: Mapping[str, LoraShard], rank: int, rows: Mapping[str, SlotRows]) -> CopyPlan:
-    """The plan for an adapter of ``rank`` in the slot with these ``rows``, which may be wider."""
+def plan_copies(shards: Mapping[str, LoraShard], rows: Mapping[str, SlotRows]) -> CopyPlan:
+    """The plan for an adapter in the slot with these ``rows`` of its rank."""
     sources = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
-    targets = [view for path in shards for view in (rows[path].a[:rank], rows[path].b[:, :rank])]
+    targets = [view for path in shards for view in (rows[path].a, rows[path].b)]
     whole = [view for path in rows if path not in shards for view in (rows[path].a, rows[path].b)]
-    cut = [view for path in shards for view in (rows[path].a[rank:], rows[path].b[:, rank:])]
+    beyond = [view for row in rows.values() for view in row.beyond]
     pairs = _joined(sources, targets)
     return CopyPlan(
         shards=shards,
         sources=[source for source, _ in pairs],
         targets=[target for _, target in pairs],
-        stale=[view for view in whole + cut if view.numel()],
+        stale=[view for view in whole + beyond if view.numel()],
     )
 
 

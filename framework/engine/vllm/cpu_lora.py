@@ -3,12 +3,12 @@
 vLLM's own CPU path copies an adapter's factors once per token (index_select, then einsum) and so decodes several times
 slower than the base model; and it reads slot -1, the last one, for tokens without an adapter in a mixed decode batch.
 Here the tokens of a step are grouped by slot once, and each layer does one product with all slices' A and one with each
-B per group, in the same precision and order as the trainer. It can go when vLLM's CPU path groups tokens by adapter.
+B per group, in the same precision and order as the trainer. A slot is as wide as the adapter in it, not as the widest
+one it could hold. It can go when vLLM's CPU path groups tokens by adapter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,25 +17,68 @@ from torch import Tensor
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+Factors = tuple[Tensor, tuple[Tensor, ...]]
+"""One layer's: A of its slices side by side ``[slices * rank, in_local]``, and B per slice ``[out_i, rank]``."""
+
+
+class Slots:
+    """A and B of every layer in one zeroed memory, in which a slot is one piece in the trainer's order.
+
+    That order is framework/trainer/megatron/adapter.py's: A before B, of each the row-parallel layers first. A push of
+    an adapter on all layers is then one copy, whatever its rank: a slot is laid out anew for each rank.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        first = layers[0].lora_a_stacked[0]
+        self.max_rank = first.shape[2]
+        self._by_kind = sorted(range(len(layers)), key=lambda i: not isinstance(layers[i], RowParallelLinearWithLoRA))
+        self._inputs = [layer.lora_a_stacked[0].shape[3] for layer in layers]
+        self._outputs = [[b.shape[2] for b in layer.lora_b_stacked] for layer in layers]
+        size = sum(len(o) * i + sum(o) for i, o in zip(self._inputs, self._outputs, strict=True))
+        self._memory = torch.zeros(first.shape[0], size * self.max_rank, dtype=first.dtype)
+        self._made: dict[tuple[int, int], tuple[Factors, ...]] = {}
+
+    def factors(self, slot: int, rank: int) -> tuple[Factors, ...]:
+        """The factors of every layer in a slot that holds an adapter of ``rank``: views, made once."""
+        if (slot, rank) not in self._made:
+            self._made[slot, rank] = self._views(self._memory[slot], rank)
+        return self._made[slot, rank]
+
+    def stacked(self) -> list[Factors]:
+        """Views of all slots at their full width, as vLLM's layers hold them: a dimension of slots in front."""
+        return self._views(self._memory, self.max_rank)
+
+    def _views(self, memory: Tensor, rank: int) -> Any:
+        offset = 0
+
+        def take(rows: int, columns: int) -> Tensor:
+            nonlocal offset
+            start, offset = offset, offset + rows * columns
+            return memory[..., start:offset].unflatten(-1, (rows, columns))
+
+        a = {i: take(len(self._outputs[i]) * rank, self._inputs[i]) for i in self._by_kind}
+        b = {i: tuple(take(width, rank) for width in self._outputs[i]) for i in self._by_kind}
+        return tuple((a[i], b[i]) for i in range(len(a)))
+
 
 class GroupedLora(PunicaWrapperCPU):
     """Replaces vLLM's wrapper object: same interface, tokens grouped by slot."""
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int) -> None:
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, layers: Sequence[Any]) -> None:
         super().__init__(max_num_batched_tokens, max_batches, torch.device("cpu"))
+        self.slots = Slots(layers)
         self._groups: tuple[tuple[int, Tensor | None], ...] = ()
-        self._fused: dict[int, Tensor] = {}
+        self._layer_at: dict[int, int] = {}
+        self._held: dict[int, tuple[Factors, ...]] = {}
+        for index, (layer, (a, b)) in enumerate(zip(layers, self.slots.stacked(), strict=True)):
+            layer.lora_a_stacked = tuple(part.unsqueeze(1) for part in a.chunk(len(b), dim=1))
+            layer.lora_b_stacked = tuple(part.unsqueeze(1) for part in b)
+            self._layer_at[layer.lora_a_stacked[0].data_ptr()] = index
+            layer.set_mapping(self)
 
-    def adopt(self, layer: Any, whole: Tensor, factors_b: tuple[Tensor, ...]) -> None:
-        """Makes a layer read its factors from here: the A of its slices side by side, so that one product serves all.
-
-        Args:
-            whole: ``[slots, slices * max_rank, in_local]``.
-            factors_b: per slice ``[slots, 1, out_i, max_rank]``.
-        """
-        layer.lora_a_stacked = tuple(part.unsqueeze(1) for part in whole.chunk(len(factors_b), dim=1))
-        layer.lora_b_stacked = factors_b
-        self._fused[layer.lora_a_stacked[0].data_ptr()] = whole
+    def hold(self, slot: int, rank: int) -> None:
+        """From now on ``slot`` is read as one of an adapter of ``rank``."""
+        self._held[slot] = self.slots.factors(slot, rank)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **unused: Any
@@ -65,58 +108,30 @@ class GroupedLora(PunicaWrapperCPU):
         Args:
             y: ``[T, out_local]``.
             x: ``[T, in_local]``.
-            lora_a_stacked: per slice ``[slots, 1, max_rank, in_local]``.
-            lora_b_stacked: per slice ``[slots, 1, out_i, max_rank]``.
+            lora_a_stacked: per slice ``[slots, 1, max_rank, in_local]``; says which layer this is.
+            lora_b_stacked: unused.
             scale: always 1; the scale is in B.
             output_slices: out_i.
         """
-        whole = self._fused[lora_a_stacked[0].data_ptr()]
-        rank = lora_b_stacked[0].shape[-1]
+        layer = self._layer_at[lora_a_stacked[0].data_ptr()]
         for slot, tokens in self._groups:
-            u = (x if tokens is None else x[tokens]) @ whole[slot].t()
+            whole, factors_b = self._held[slot][layer]
+            rank = factors_b[0].shape[1]
+            u = (x if tokens is None else x[tokens]) @ whole.t()
             start = 0
-            for index, (b, width) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
+            for index, (b, width) in enumerate(zip(factors_b, output_slices, strict=True)):
                 part, columns = u[:, index * rank : (index + 1) * rank], slice(start, start + width)
                 if tokens is None:
-                    y[:, columns].addmm_(part, b[slot, 0].t())
+                    y[:, columns].addmm_(part, b.t())
                 else:
-                    y[:, columns].index_add_(0, tokens, part @ b[slot, 0].t())
+                    y[:, columns].index_add_(0, tokens, part @ b.t())
                 start += width
 
 
-def install(manager: Any) -> None:
+def install(manager: Any) -> GroupedLora:
     """Makes every wrapped layer of vLLM's adapter manager use one :class:`GroupedLora`."""
     (key,) = manager.punica_wrapper_mapping
-    grouped = GroupedLora(manager.max_num_batched_tokens, manager.max_num_seqs)
-    manager.punica_wrapper_mapping[key] = grouped
     layers = list(manager.modules.values())
-    for layer in layers:
-        layer.set_mapping(grouped)
-    for layer, (whole, factors_b) in zip(layers, lay_out(layers), strict=True):
-        grouped.adopt(layer, whole, factors_b)
-
-
-def lay_out(layers: Sequence[Any]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """A and B of every layer as views of one zeroed memory, in which a slot is one piece in the trainer's order.
-
-    That order is framework/trainer/megatron/adapter.py's: A before B, of each the row-parallel layers first. A push of
-    an adapter on all layers at the slots' rank is then one copy.
-
-    Returns:
-        Per layer ``[slots, slices * max_rank, in_local]`` and, per slice, ``[slots, 1, out_i, max_rank]``.
-    """
-    by_kind = sorted(range(len(layers)), key=lambda index: not isinstance(layers[index], RowParallelLinearWithLoRA))
-    shapes_a = [(sum(a.shape[2] for a in layer.lora_a_stacked), layer.lora_a_stacked[0].shape[3]) for layer in layers]
-    shapes_b = [[b.shape[1:] for b in layer.lora_b_stacked] for layer in layers]
-    first = layers[0].lora_a_stacked[0]
-    size = sum(rows * width for rows, width in shapes_a) + sum(s.numel() for shapes in shapes_b for s in shapes)
-    memory, offset = torch.zeros(first.shape[0], size, dtype=first.dtype), 0
-
-    def take(shape: Sequence[int]) -> Tensor:
-        nonlocal offset
-        start, offset = offset, offset + math.prod(shape)
-        return memory[:, start:offset].view(len(memory), *shape)
-
-    factors_a = {index: take(shapes_a[index]) for index in by_kind}
-    factors_b = {index: tuple(take(shape) for shape in shapes_b[index]) for index in by_kind}
-    return [(factors_a[index], factors_b[index]) for index in range(len(layers))]
+    grouped = GroupedLora(manager.max_num_batched_tokens, manager.max_num_seqs, layers)
+    manager.punica_wrapper_mapping[key] = grouped
+    return grouped

@@ -116,9 +116,9 @@ class VllmEngine:
         slot = self._free_slot(ref, spec)
         plan = self._plan_of.get((slot, spec.rank))
         if plan is None or plan.shards is not shards:
-            plan = self._plan_of[(slot, spec.rank)] = self._plan(ref, spec, shards, slots.rows(slot))
+            plan = self._plan_of[(slot, spec.rank)] = self._plan(ref, shards, slots.rows(slot, spec.rank))
         plan.run()
-        slots.bind(slot, ref.version)
+        slots.bind(slot, ref.version, spec.rank)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
 
@@ -130,13 +130,11 @@ class VllmEngine:
         return self._slots
 
     @staticmethod
-    def _plan(
-        ref: AdapterRef, spec: LoraSpec, shards: Mapping[str, LoraShard], rows: Mapping[str, internals.SlotRows]
-    ) -> CopyPlan:
+    def _plan(ref: AdapterRef, shards: Mapping[str, LoraShard], rows: Mapping[str, internals.SlotRows]) -> CopyPlan:
         unknown = sorted(set(shards) - set(rows))
         if unknown:
             raise AdapterError(f"{ref}: the engine has no LoRA slot for {unknown[:4]} ({len(unknown)} in all)")
-        return plan_copies(shards, spec.rank, rows)
+        return plan_copies(shards, rows)
 
     def _free_slot(self, ref: AdapterRef, spec: LoraSpec) -> int:
         if ref.version in self._slot_of:
@@ -165,8 +163,7 @@ class VllmEngine:
             )
         key = (slot, self._rank_of[ref.version].rank)
         if key not in self._read_of:
-            rows_of, rank = slots.rows(slot), key[1]
-            self._read_of[key] = {path: LoraShard(a=r.a[:rank], b=r.b[:, :rank]) for path, r in rows_of.items()}
+            self._read_of[key] = {path: LoraShard(a=r.a, b=r.b) for path, r in slots.rows(*key).items()}
         return self._read_of[key]
 
     def unload_adapter(self, ref: AdapterRef) -> None:

@@ -1,7 +1,8 @@
 """What of ours reaches behind vLLM's public API, cpu_lora.py and fused_lora.py aside. Holds for :data:`HOLDS_FOR`.
 
 A LoRA slot is one row of ``lora_a_stacked[i] [slots, 1, max_rank, in]`` and ``lora_b_stacked[i] [slots, 1, out_local,
-max_rank]`` in every wrapped layer (i counts the slices of a fused layer: q, k, v or gate, up). vLLM's own way into
+max_rank]`` in every wrapped layer (i counts the slices of a fused layer: q, k, v or gate, up); on a CPU cpu_lora.py
+keeps the slots. vLLM's own way into
 a slot is a file; ours is to mark the slot as taken by an id and to copy into those rows. The least-recently-used cache
 in front of the slots never evicts, because no more ids are registered than there are slots, and never loads, because
 its loader is replaced by one that refuses.
@@ -84,12 +85,14 @@ def keep_random_state() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotRows:
-    """One projection's place in one slot: views of the tensors that the kernels read."""
+    """One projection's place in one slot that holds an adapter of some rank: views of what the kernels read."""
 
     a: Tensor
-    """``[max_rank, in_local]``."""
+    """``[rank, in_local]``."""
     b: Tensor
-    """``[out_local, max_rank]``."""
+    """``[out_local, rank]``."""
+    beyond: tuple[Tensor, ...] = ()
+    """What the kernels read besides, where a slot is wider than the adapter; must be zero."""
 
 
 class _Placeholder:
@@ -107,17 +110,18 @@ class SlotTable:
         self._worker_manager = runner.lora_manager
         self._worker_manager._load_adapter = _refuse_to_load
         self._manager = self._worker_manager._adapter_manager
+        self._grouped: Any = None
         if self._manager.device.type == "cpu":
             from framework.engine.vllm import cpu_lora  # subclasses vLLM's classes
 
-            cpu_lora.install(self._manager)
-        self._layers: dict[str, tuple[Any, int]] = {}
+            self._grouped = cpu_lora.install(self._manager)
+        self._layers: dict[str, tuple[int, int]] = {}
         packed = self._manager.packed_modules_mapping
-        for path, layer in self._manager.modules.items():
+        for number, path in enumerate(self._manager.modules):
             parent, _, leaf = path.rpartition(".")
             for index, member in enumerate(packed.get(leaf, [leaf])):
-                self._layers[f"{parent}.{member}"] = (layer, index)
-        self._rows = tuple(self._views(slot) for slot in range(self.num_slots))
+                self._layers[f"{parent}.{member}"] = (number, index)
+        self._rows: dict[tuple[int, int], Mapping[str, SlotRows]] = {}
 
     @property
     def num_slots(self) -> int:
@@ -134,20 +138,38 @@ class SlotTable:
         """HF paths of the projections that a slot can change."""
         return tuple(self._layers)
 
-    def rows(self, slot: int) -> Mapping[str, SlotRows]:
-        """Views of one slot, by HF module path; made once, for a push has no time to make a thousand of them."""
-        return self._rows[slot]
+    def rows(self, slot: int, rank: int) -> Mapping[str, SlotRows]:
+        """Views of a slot that holds an adapter of ``rank``, by HF module path.
 
-    def _views(self, slot: int) -> Mapping[str, SlotRows]:
+        Made once, for a push has no time to make a thousand of them.
+        """
+        if (slot, rank) not in self._rows:
+            views = self._narrow_slot if self._grouped is not None else self._wide_slot
+            self._rows[slot, rank] = views(slot, rank)
+        return self._rows[slot, rank]
+
+    def _narrow_slot(self, slot: int, rank: int) -> Mapping[str, SlotRows]:
+        """On a CPU a slot is as wide as its adapter."""
+        layers = self._grouped.slots.factors(slot, rank)
         return {
-            path: SlotRows(a=layer.lora_a_stacked[index][slot, 0], b=layer.lora_b_stacked[index][slot, 0])
-            for path, (layer, index) in self._layers.items()
+            path: SlotRows(a=layers[number][0][index * rank : (index + 1) * rank], b=layers[number][1][index])
+            for path, (number, index) in self._layers.items()
         }
 
-    def bind(self, slot: int, adapter_id: int) -> None:
+    def _wide_slot(self, slot: int, rank: int) -> Mapping[str, SlotRows]:
+        """The kernels read the whole width."""
+        layers, rows = list(self._manager.modules.values()), {}
+        for path, (number, index) in self._layers.items():
+            a, b = layers[number].lora_a_stacked[index][slot, 0], layers[number].lora_b_stacked[index][slot, 0]
+            rows[path] = SlotRows(a=a[:rank], b=b[:, :rank], beyond=(a[rank:], b[:, rank:]))
+        return rows
+
+    def bind(self, slot: int, adapter_id: int, rank: int) -> None:
         """Tells vLLM that ``slot`` holds ``adapter_id``; requests with that id are served from it."""
         manager = self._manager
         assert manager.lora_index_to_id[slot] is None, f"slot {slot} is taken by {manager.lora_index_to_id[slot]}"
+        if self._grouped is not None:
+            self._grouped.hold(slot, rank)
         manager.lora_index_to_id[slot] = adapter_id
         manager._registered_adapters[adapter_id] = _Placeholder(adapter_id)
         manager._active_adapters[adapter_id] = None

@@ -26,6 +26,8 @@ class LoopConfig:
 
     trainer_slots: int
     engine_slots: int
+    num_ranks: int
+    """Each writes its shards of a version."""
     snapshot_after_s: float
     """Seconds of training per adapter that a restart may have to repeat."""
     gap_timeout_s: float

@@ -12,6 +12,9 @@ from framework.service.ops import Sample
 from framework.service.plan import VersionKey
 from framework.service.store import Store
 
+WRITTEN_AFTER_S = 60.0
+"""A version's folder is there by then; removed before, it would come back."""
+
 
 def sweep(board: Board) -> None:
     """One round; cheap when there is nothing to do."""
@@ -28,7 +31,7 @@ def sweep(board: Board) -> None:
         now - config.outcome_ttl_s,
     )
     store.sweep(older_than_s=config.outcome_ttl_s)
-    for key in _unneeded_versions(board):
+    for key in _unneeded_versions(board, created_before=now - WRITTEN_AFTER_S):
         shutil.rmtree(board.adapters.paths.version(key), ignore_errors=True)
         store.write("DELETE FROM versions WHERE adapter_id=? AND version=?", *key)
 
@@ -40,15 +43,16 @@ def delete_checkpoint(store: Store, row: dict[str, Any]) -> None:
         shutil.rmtree(Path(row["info"]["folder"]), ignore_errors=True)
 
 
-def _unneeded_versions(board: Board) -> list[VersionKey]:
+def _unneeded_versions(board: Board, *, created_before: float) -> list[VersionKey]:
     """Versions that are not among the newest of a living adapter and that no checkpoint, sampler or sample pins."""
     rows = board.store.all(
-        "SELECT adapter_id, version FROM versions AS v WHERE "
+        "SELECT adapter_id, version FROM versions AS v WHERE created<? AND "
         "NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.kind='sampler_weights' AND c.adapter_id=v.adapter_id "
         "            AND c.version=v.version) AND "
         "NOT EXISTS (SELECT 1 FROM samplers s WHERE s.adapter_id=v.adapter_id AND s.version=v.version) AND "
         "((SELECT removed FROM adapters a WHERE a.adapter_id=v.adapter_id)=1 OR "
         " (SELECT COUNT(*) FROM versions w WHERE w.adapter_id=v.adapter_id AND w.version>v.version)>=?)",
+        created_before,
         board.config.keep_versions,
     )
     queued = {

@@ -26,7 +26,6 @@ from framework.service.adapters import Adapters, Paths
 from framework.service.app import build_app
 from framework.service.board import Board, LoopConfig
 from framework.service.executor import Executor, Lockstep
-from framework.service.exports import Exports
 from framework.service.futures import Futures
 from framework.service.http import Rates
 from framework.service.keys import Keys
@@ -41,6 +40,7 @@ from framework.service.settings import ServiceConfig
 from framework.service.store import Store
 from framework.service.wire import ModelLimits
 from framework.service.worker import Worker
+from framework.service.writer import Writer
 from framework.trainer.base import Trainer
 from framework.types import Prompt, SamplingParams
 from framework.weight_sync import WeightSync
@@ -82,6 +82,7 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
     loop_config = LoopConfig(
         trainer_slots=config.trainer_adapters,
         engine_slots=backend.engine.max_adapters,
+        num_ranks=backend.tp_size,
         snapshot_after_s=config.snapshot_after_s,
         gap_timeout_s=config.gap_timeout_s,
         keep_versions=config.keep_versions,
@@ -116,7 +117,7 @@ def build_service(config: ServiceConfig, backend: Backend) -> tuple[Service, Lea
         keys=Keys(store=store, auth=config.auth),
         rates=Rates(per_s=config.max_requests_per_s),
         metrics=metrics,
-        exports=Exports(backend.model.name),
+        writer=Writer(),
         post=leader.inbox.put,
     )
     _admit_admin(config, service.keys)
@@ -143,14 +144,15 @@ def _admit_admin(config: ServiceConfig, keys: Keys) -> None:
         )
 
 
-def build_worker(config: ServiceConfig, backend: Backend, exports: Exports | None) -> Worker:
-    """What executes on this rank; ``exports`` on rank 0 only."""
+def build_worker(config: ServiceConfig, backend: Backend, writer: Writer) -> Worker:
+    """What executes on this rank."""
     return Worker(
         trainer=backend.trainer,
         engine=backend.engine,
         weight_sync=backend.weight_sync,
         tp_rank=backend.mesh.tp_rank,
-        exports=exports,
+        writer=writer,
+        base_model=backend.model.name,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch or backend.max_tokens_per_microbatch,
         pad_to_multiple_of=backend.pad_to_multiple_of,
     )
@@ -230,10 +232,12 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
     if backend.mesh.tp_rank != 0:
         for number in STOPS:  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)
-        Executor(worker=build_worker(config, backend, None), mesh=backend.mesh, planner=None).run()
+        worker = build_worker(config, backend, Writer())
+        Executor(worker=worker, mesh=backend.mesh, planner=None).run()
+        worker.writer.flush()
         return
     service, leader = build_service(config, backend)
-    worker = build_worker(config, backend, service.exports)
+    worker = build_worker(config, backend, service.writer)
     http = HttpThread(service)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -248,7 +252,7 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
     log.info("serving", extra={"url": f"http://{config.host}:{http.port}", "data_dir": config.data_dir})
     try:
         Executor(worker=worker, mesh=backend.mesh, planner=leader).run()
+        worker.writer.flush()
     finally:
         http.stop()
-        service.exports.flush()
         service.store.close()

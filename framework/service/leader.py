@@ -44,6 +44,7 @@ from framework.service.plan import (
 from framework.service.replies import failure_reply
 from framework.service.reports import Reports
 from framework.service.scheduler import Entry, Part
+from framework.service.tensors import has_shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +221,7 @@ class Leader:
 
     def _load_version(self, key: VersionKey, now: float) -> list[Action]:
         """Brings a version back and starts what waits for it, before anybody else can want the slot."""
-        actions = self._free_engine_slot()
+        actions = None if self._comes_back(key) else self._free_engine_slot()
         if actions is None:
             return []
         self.board.engine_slots.touch(key)
@@ -307,7 +308,7 @@ class Leader:
         run = Run(request_id=entry.request_id, adapter_id=adapter.adapter_id, op=None if entry.started else op)
         if isinstance(op, CreateAdapter | LoadState) and op.source is not None:
             run = replace(run, source=self._source(op.source, adapter.owner))
-        if isinstance(op, SaveCheckpoint) and not op.overwrite:
+        if isinstance(op, SaveCheckpoint) and not op.overwrite and not entry.replay:
             path = checkpoint_path(adapter.adapter_id, op.kind, op.name)
             if self.board.store.one("SELECT 1 FROM checkpoints WHERE path=?", path):
                 raise RequestError(f"checkpoint {path} already exists; give another name or overwrite it")
@@ -318,9 +319,19 @@ class Leader:
             return run
         changed = isinstance(op, OptimStep | LoadState)
         key = (adapter.adapter_id, adapter.version + changed)
-        if entry.replay or (not changed and self.board.adapters.has_version(key)):
-            return run
-        return replace(run, folder=str(paths.version(key)), publish_as=key)
+        known, folder = self.board.adapters.has_version(key), paths.version(key)
+        if isinstance(op, SaveCheckpoint):
+            run = replace(run, folder=str(folder))
+        publish = known and not self._written(key) if entry.replay else changed or not known
+        return replace(run, folder=str(folder), publish_as=key) if publish else run
+
+    def _written(self, key: VersionKey) -> bool:
+        return has_shards(self.board.adapters.paths.version(key), self.board.config.num_ranks)
+
+    def _comes_back(self, key: VersionKey) -> bool:
+        """A kill came before the version's file was written; a request that is to be repeated makes it again."""
+        waiting = self.board.scheduler.queues.get(key[0])
+        return waiting is not None and any(entry.replay for entry in waiting.ready) and not self._written(key)
 
     def _source(self, source: str, owner: str) -> str:
         if not source.startswith("tinker://"):

@@ -92,6 +92,7 @@ class Publish:
     """Makes the adapter's current weights a version that can be sampled, and pins a sampling session to it."""
 
     sampling_session_id: str | None = None
+    """None: nobody repeats it after a restart, so its file is written at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

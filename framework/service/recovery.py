@@ -18,8 +18,8 @@ from framework.service.requests import RequestLimits, body_json, parse, parse_sa
 from framework.service.scheduler import Entry
 
 log = logging.getLogger(__name__)
-CHANGES_STATE = ("create_model", "forward_backward", "optim_step", "load_weights")
-"""Endings of the kinds that a replay repeats."""
+REPEATED = ("create_model", "forward_backward", "optim_step", "load_weights", "save_weights_for_sampler")
+"""Endings of the kinds that a replay repeats: the first four change an adapter, the last one's file may be lost."""
 
 
 def recover(board: Board, futures: Futures, limits: RequestLimits) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def recover(board: Board, futures: Futures, limits: RequestLimits) -> tuple[int,
                 pending += 1
                 continue
             queue.next_seq = request["seq"] + 1
-            if request["status"] == "done" and request["kind"].endswith(CHANGES_STATE):
+            if request["status"] == "done" and request["kind"].endswith(REPEATED):
                 board.scheduler.tenant(row["tenant"])
                 queue.ready.append(_entry(request, row, limits, replay=True))
                 repeated += 1

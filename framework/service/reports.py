@@ -174,9 +174,9 @@ class Reports:
             board.adapters.add_version(action.publish_as)
         if adapter.simple and isinstance(op, CreateAdapter | OptimStep | LoadState):
             board.unexported.setdefault(adapter.adapter_id, time.monotonic())
-        if isinstance(op, Publish):
+        if isinstance(op, Publish) and not entry.replay:
             self._pin(op, adapter)
-        elif isinstance(op, SaveCheckpoint):
+        elif isinstance(op, SaveCheckpoint) and not entry.replay:
             self._register(op, adapter, action)
         elif isinstance(op, RemoveAdapter):
             board.trainer_slots.drop(action.adapter_id)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from framework.service.adapters import Adapters, spec_to_json
-from framework.service.exports import Exports
 from framework.service.futures import Futures, Tokens
 from framework.service.leader import BringFolders, Cancel, Message
 from framework.service.metrics import Metrics
@@ -27,6 +26,7 @@ from framework.service.requests import RequestLimits, parse
 from framework.service.scheduler import Entry
 from framework.service.settings import ServiceConfig
 from framework.service.store import Store
+from framework.service.writer import Writer
 from framework.types import Completion
 
 
@@ -109,7 +109,7 @@ class Service:
     rates: Any
     """:class:`framework.service.http.Rates`."""
     metrics: Metrics
-    exports: Exports
+    writer: Writer
     post: Any
     """``leader.inbox.put``."""
     stopping: bool = False
@@ -239,7 +239,7 @@ class Service:
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         self.post(BringFolders(done=lambda: loop.call_soon_threadsafe(done.set)))
         await done.wait()
-        await asyncio.to_thread(self.exports.flush)
+        await asyncio.to_thread(self.writer.flush)
 
     async def resolve_model(self, name: str, caller: Caller) -> VersionKey | None:
         """The version that ``base``, an adapter or ``adapter@version`` stands for; None is the base model.

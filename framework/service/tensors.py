@@ -50,6 +50,11 @@ def read_shards(folder: Path, rank: int) -> dict[str, LoraShard]:
     return {name: LoraShard(a=tensors[f"{name}.a"], b=tensors[f"{name}.b"]) for name in modules}
 
 
+def has_shards(folder: Path, num_ranks: int) -> bool:
+    """Whether every rank has written its shards."""
+    return all((folder / f"shards-rank{rank}.safetensors").is_file() for rank in range(num_ranks))
+
+
 def folder_size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 from framework.algorithms.base import LossFn, LossInputs
 from framework.batching import Batch, Microbatch, pack
 from framework.engine.base import RolloutEngine, SampleRequest
-from framework.lora.peft_io import CONFIG_FILE, load_peft
+from framework.errors import CheckpointError, FrameworkError
+from framework.lora.peft_io import CONFIG_FILE, load_peft, save_peft
+from framework.lora.spec import LoraSpec
 from framework.service import tensors
-from framework.service.exports import Exports
 from framework.service.losses import build_loss
 from framework.service.ops import (
     CreateAdapter,
@@ -43,10 +45,12 @@ from framework.service.plan import (
     UnloadVersion,
     VersionKey,
 )
-from framework.trainer.base import Trainer
+from framework.service.writer import Writer
+from framework.trainer.base import LoraShard, Trainer
 from framework.types import AdapterRef
 from framework.weight_sync import WeightSync, check_delivery, content_hash
 
+log = logging.getLogger(__name__)
 PEFT = "peft"
 """Folder of the PEFT files inside a checkpoint's."""
 
@@ -73,8 +77,9 @@ class Worker:
     engine: RolloutEngine
     weight_sync: WeightSync
     tp_rank: int
-    exports: Exports | None
-    """On rank 0 only: it writes the PEFT folders."""
+    writer: Writer
+    base_model: str
+    """For PEFT's ``base_model_name_or_path``; rank 0 writes the PEFT folders."""
     max_tokens_per_microbatch: int
     pad_to_multiple_of: int = 1
     refs: dict[VersionKey, AdapterRef] = field(default_factory=dict)
@@ -102,16 +107,11 @@ class Worker:
             self.trainer.load_state_dict(action.adapter_id, tensors.read_state(Path(action.snapshot), self.tp_rank))
 
     def _snapshot(self, action: Snapshot) -> None:
-        self.flush_exports()
+        self.writer.flush()
         if action.folder is not None:
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
         if action.evict:
             self._forget(action.adapter_id)
-
-    def flush_exports(self) -> None:
-        """Returns when every PEFT folder is written."""
-        if self.exports is not None:
-            self.exports.flush()
 
     def _forget(self, name: str) -> None:
         self.trainer.remove_adapter(name)
@@ -119,6 +119,7 @@ class Worker:
 
     def _load_version(self, action: LoadVersion) -> None:
         """Back into a slot, read back and compared, as when it was pushed."""
+        self.writer.flush()
         shards = tensors.read_shards(Path(action.folder), self.tp_rank)
         ref = self.refs.get(action.key)
         if ref is None:  # it was pushed before a restart
@@ -129,6 +130,8 @@ class Worker:
         self.refs[action.key] = ref
 
     def _submit(self, action: Submit) -> None:
+        if action.key is not None and action.key not in self.refs:
+            raise CheckpointError(f"version {action.key[1]} of {action.key[0]} could not be brought back, see the log")
         self.engine.submit(
             SampleRequest(
                 request_id=action.engine_id,
@@ -146,7 +149,8 @@ class Worker:
         if isinstance(op, OptimStep):
             return self._optim_step(action, op)
         if isinstance(op, Publish):
-            return self._publish(action)
+            self._publish(action)
+            return self.writer.flush() if op.sampling_session_id is None else None
         if isinstance(op, SaveCheckpoint):
             return self._save(action, op)
         if isinstance(op, CreateAdapter):
@@ -154,7 +158,7 @@ class Worker:
         if isinstance(op, LoadState):
             return self._load(action, op.optimizer)
         assert isinstance(op, RemoveAdapter), f"no rank can run {op}"
-        self.flush_exports()
+        self.writer.flush()
         return self._forget(name)
 
     def _create(self, action: Run, op: CreateAdapter) -> None:
@@ -177,35 +181,49 @@ class Worker:
         return result
 
     def _publish(self, action: Run) -> None:
-        """Pushes the weights, then writes what the engine got; nothing to do when they are a version already."""
+        """Pushes the weights; what the engine got is written soon. Nothing to do when they are a version already."""
         if action.publish_as is None:
             return
         assert action.folder is not None, "a new version has a folder"
         self.refs[action.publish_as] = self.weight_sync.publish(action.adapter_id)
-        shards = self.trainer.adapter_shards(action.adapter_id)
-        tensors.write_shards(Path(action.folder), self.tp_rank, shards)
+        folder, shards = Path(action.folder), self.trainer.adapter_shards(action.adapter_id)
+        copies = {path: LoraShard(a=shard.a.clone(), b=shard.b.clone()) for path, shard in shards.items()}
+        self.writer.put(folder, lambda: tensors.write_shards(folder, self.tp_rank, copies))
 
     def _save(self, action: Run, op: SaveCheckpoint) -> None:
         if op.kind == "sampler_weights":
             self._publish(action)
+            self.writer.flush()
             return
         assert action.folder is not None, "a checkpoint has a folder"
         if op.kind == "weights":
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
         whole = self.trainer.export_adapter(action.adapter_id)
-        if self.exports is not None:
-            self.exports.write(Path(action.folder) / PEFT, self.trainer.adapters()[action.adapter_id], whole)
+        if self.tp_rank == 0:
+            self._write_peft(Path(action.folder) / PEFT, self.trainer.adapters()[action.adapter_id], whole)
 
     def _export(self, action: Export) -> None:
         """Gathers the weights; the folder follows in the background."""
         whole = self.trainer.export_adapter(action.adapter_id)
-        if self.exports is not None:
-            self.exports.put(Path(action.folder), self.trainer.adapters()[action.adapter_id], whole)
+        if self.tp_rank != 0:
+            return
+        folder, spec = Path(action.folder), self.trainer.adapters()[action.adapter_id]
+
+        def write() -> None:
+            try:
+                self._write_peft(folder, spec, whole)
+            except (FrameworkError, OSError):  # training does not depend on it
+                log.exception("the adapter's PEFT folder could not be written", extra={"folder": str(folder)})
+
+        self.writer.put(folder, write)
+
+    def _write_peft(self, folder: Path, spec: LoraSpec, whole: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        save_peft(folder, spec=spec, tensors=whole, base_model=self.base_model, dtype=torch.float32)
 
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
         assert action.source is not None, "a checkpoint has a folder"
-        self.flush_exports()
+        self.writer.flush()
         folder, name = Path(action.source), action.adapter_id
         if optimizer:
             self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))

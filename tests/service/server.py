@@ -49,7 +49,7 @@ def start(config: ServiceConfig, backend: Backend | None = None) -> Running:
     """Starts a service; its registry and files are where ``config.data_dir`` says."""
     backend = backend or toy_backend()
     service, leader = build_service(config, backend)
-    executor = Executor(worker=build_worker(config, backend, service.exports), mesh=backend.mesh, planner=leader)
+    executor = Executor(worker=build_worker(config, backend, service.writer), mesh=backend.mesh, planner=leader)
     http = HttpThread(service)
     loop = threading.Thread(target=executor.run, name="loop", daemon=True)
     http.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,6 +120,34 @@ def test_training_goes_on_where_it_was(
     seen += [train(client, model), train(client, model)]
     assert seen == expected
     assert client.sample(["abc"], model_id=f"{model}@3", sampling_params=params) == pinned
+
+
+def test_versions_whose_files_a_kill_took_come_back(process: Process) -> None:
+    process.start()
+    client = process.client
+    client.list_lora_adapters()  # waits until it is there
+    simple, plain = str(client.add_lora(rank=2)["model_id"]), create(process.url, seed=4)
+    for _ in range(2):
+        train(client, simple)
+        train(client, plain)
+    params = {"max_tokens": 8, "seed": 1}
+    names = [f"{simple}@1", f"{simple}@2"]
+    asked = [client.sample(["abc"], model_id=name, sampling_params=params) for name in names]
+    saved = process.post("/api/v1/save_weights_for_sampler", model_id=plain, seq_id=5, sampling_session_seq_id=7)
+    session = process.outcome(saved["request_id"]).json()["sampling_session_id"]
+    sample = {"sampling_session_id": session, "prompt": {"chunks": [{"tokens": [65]}]}, "sampling_params": params}
+
+    def drawn(seq_id: int) -> Any:
+        return process.outcome(process.post("/api/v1/asample", seq_id=seq_id, **sample)["request_id"]).content
+
+    before = drawn(0)
+    process.end(signal.SIGKILL)
+    for folder in (process.data_dir / "adapters").glob("*/version-*"):
+        shutil.rmtree(folder)
+    process.start()
+    client.list_lora_adapters()
+    assert [client.sample(["abc"], model_id=name, sampling_params=params) for name in names] == asked
+    assert drawn(1) == before
 
 
 def test_what_was_accepted_runs_after_a_kill_under_its_request_id(process: Process) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -225,8 +226,13 @@ def _bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+GIL_SWITCH_S = 0.0005
+"""Every tensor operation lets go of the interpreter; the HTTP thread may hold it for so long (Python's own: 5 ms)."""
+
+
 def serve(config: ServiceConfig, backend: Backend) -> None:
     """Serves until one of :data:`STOPS`. All ranks call it; returns on all of them together."""
+    sys.setswitchinterval(GIL_SWITCH_S)
     warm_up(backend)
     settle()
     if backend.mesh.tp_rank != 0:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +30,14 @@ def write_state(folder: Path, rank: int, state: Mapping[str, Tensor]) -> None:
 def read_state(folder: Path, rank: int) -> dict[str, Tensor]:
     """Reads it back; CheckpointError if the file is missing or damaged."""
     return _read(folder / f"state-rank{rank}.safetensors")
+
+
+def copied(shards: Mapping[str, LoraShard]) -> dict[str, LoraShard]:
+    """The same values in one new allocation: what a trainer goes on to change can still be written."""
+    factors = [factor for shard in shards.values() for factor in (shard.a, shard.b)]
+    flat = torch.cat([factor.reshape(-1) for factor in factors])
+    parts = iter(flat.split([factor.numel() for factor in factors]))
+    return {name: LoraShard(a=next(parts).view_as(s.a), b=next(parts).view_as(s.b)) for name, s in shards.items()}
 
 
 def write_shards(folder: Path, rank: int, shards: Mapping[str, LoraShard]) -> None:

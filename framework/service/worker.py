@@ -46,7 +46,7 @@ from framework.service.plan import (
     VersionKey,
 )
 from framework.service.writer import Writer
-from framework.trainer.base import LoraShard, Trainer
+from framework.trainer.base import Trainer
 from framework.types import AdapterRef
 from framework.weight_sync import WeightSync, check_delivery, content_hash
 
@@ -187,7 +187,7 @@ class Worker:
         assert action.folder is not None, "a new version has a folder"
         self.refs[action.publish_as] = self.weight_sync.publish(action.adapter_id)
         folder, shards = Path(action.folder), self.trainer.adapter_shards(action.adapter_id)
-        copies = {path: LoraShard(a=shard.a.clone(), b=shard.b.clone()) for path, shard in shards.items()}
+        copies = tensors.copied(shards)
         self.writer.put(folder, lambda: tensors.write_shards(folder, self.tp_rank, copies))
 
     def _save(self, action: Run, op: SaveCheckpoint) -> None:

@@ -59,6 +59,8 @@ class WeightSync:
         self._current: dict[str, AdapterRef] = {}
         self._pushed: dict[str, Factors] = {}
         self._held: dict[int, Factors] = {}
+        self._scratch = (Scratch(), Scratch())
+        """For the trainer's bytes and for the slot's; a proof does not begin by asking for memory."""
 
     def push(self, name: str) -> AdapterRef:
         """Makes the adapter's present weights a new version in the engine; its previous version is unloaded.
@@ -82,11 +84,12 @@ class WeightSync:
         for gone in [other for other in self._pushed if other not in adapters]:
             del self._pushed[gone]  # its views would keep a removed adapter's memory
         pushed = self._pushed[name] = _remembered(self._pushed.get(name), shards)
-        words = pushed.gather()
-        ref = AdapterRef(name=name, version=self.versions.next(), content_hash=_digest(pushed, words))
+        mine, theirs = self._scratch
+        words = pushed.gather(mine)
+        ref = AdapterRef(name=name, version=self.versions.next(), content_hash=_digest(pushed, words, theirs))
         self._engine.load_adapter(ref, spec, shards)
         self._synchronize()
-        _compare(ref, spec, pushed, words, self._slot(ref))
+        _compare(ref, spec, pushed, words, self._slot(ref), theirs)
         return ref
 
     def verify(self, ref: AdapterRef) -> None:
@@ -98,7 +101,8 @@ class WeightSync:
             DeliveryError: the trainer went on without a push, or the slot was overwritten; names the module.
         """
         pushed = _remembered(self._pushed.get(ref.name), self._trainer.adapter_shards(ref.name))
-        _compare(ref, self._trainer.adapters()[ref.name], pushed, pushed.gather(), self._slot(ref))
+        mine, theirs = self._scratch
+        _compare(ref, self._trainer.adapters()[ref.name], pushed, pushed.gather(mine), self._slot(ref), theirs)
 
     def release(self, name: str) -> None:
         """Unloads the version that :meth:`push` made last; its number is not used again."""
@@ -124,6 +128,19 @@ _COLUMNS = 4096
 """Words of eight bytes in a row of the digest's sum; what is gathered is filled up to whole rows."""
 
 
+class Scratch:
+    """Memory that is used again and again, as large as was ever asked for."""
+
+    def __init__(self) -> None:
+        self._memory = torch.zeros(0, dtype=torch.int64)
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """``[count, 4096]`` int64, its values left from before."""
+        if self._memory.numel() < count * _COLUMNS or self._memory.device != device:
+            self._memory = torch.zeros(count * _COLUMNS, dtype=torch.int64, device=device)
+        return self._memory[: count * _COLUMNS].view(count, _COLUMNS)
+
+
 class Factors:
     """One mapping's factors as flat vectors, so that all of them are gathered in one pass over the device."""
 
@@ -146,13 +163,16 @@ class Factors:
             size = sum(part.nbytes for part in self._parts)
             spare = -size % (8 * _COLUMNS) // self._parts[0].element_size()
             self._spare = [self._parts[0].new_zeros(spare)]
+            self._rows = -(-size // (8 * _COLUMNS))
 
-    def gather(self) -> Tensor:
-        """``[rows, 4096]`` int64: the factors' bytes as they are now, end to end, zeros after them."""
+    def gather(self, scratch: Scratch) -> Tensor:
+        """``[rows, 4096]`` int64 in ``scratch``: the factors' bytes as they are now, end to end, zeros after them."""
         if not self._parts:
             return torch.zeros(0, _COLUMNS, dtype=torch.int64)
         parts = self._parts if self._aliased else [view.reshape(-1) for view in self._views]
-        return torch.cat(parts + self._spare).view(torch.int64).view(-1, _COLUMNS)
+        words = scratch.rows(self._rows, parts[0].device)
+        torch.cat(parts + self._spare, out=words.view(-1).view(parts[0].dtype))
+        return words
 
 
 def content_hash(shards: Mapping[str, LoraShard]) -> str:
@@ -162,12 +182,13 @@ def content_hash(shards: Mapping[str, LoraShard]) -> str:
     it, moved values change it.
     """
     factors = Factors(shards)
-    return _digest(factors, factors.gather())
+    return _digest(factors, factors.gather(Scratch()), Scratch())
 
 
-def _digest(factors: Factors, words: Tensor) -> str:
+def _digest(factors: Factors, words: Tensor, scratch: Scratch) -> str:
     columns, rows = (_odd_weights(n, words.device) for n in (words.shape[1], words.shape[0]))
-    total = ((words * columns).sum(dim=1) * rows).sum()
+    weighed = torch.mul(words, columns, out=scratch.rows(len(words), words.device))
+    total = (weighed.sum(dim=1) * rows).sum()
     return hashlib.blake2b(f"{factors.shape}{int(total)}".encode(), digest_size=8).hexdigest()
 
 
@@ -190,21 +211,21 @@ def check_delivery(
         DeliveryError: naming the first module that is missing, exported twice, should be zero, or differs.
     """
     mine = Factors(pushed)
-    _compare(ref, spec, mine, mine.gather(), Factors(held))
+    _compare(ref, spec, mine, mine.gather(Scratch()), Factors(held), Scratch())
 
 
-def _compare(ref: AdapterRef, spec: LoraSpec, pushed: Factors, words: Tensor, held: Factors) -> None:
+def _compare(ref: AdapterRef, spec: LoraSpec, pushed: Factors, words: Tensor, held: Factors, scratch: Scratch) -> None:
     if pushed.repeated is not None:
         first, second = pushed.repeated
         raise DeliveryError(f"{ref}: the trainer exports the same factor as {first} and as {second}")
     if pushed.shape == held.shape:  # the same modules in the same order: every push of a full adapter
-        if bool((words != held.gather()).any()):
+        if not torch.equal(words, held.gather(scratch)):
             _explain(ref, pushed.shards, held.shards)
         return
     _check_modules(ref, spec, pushed.shards, held.shards)
     stray = Factors({path: shard for path, shard in held.shards.items() if path not in pushed.shards})
     theirs = Factors({path: held.shards[path] for path in pushed.shards})
-    if bool((words != theirs.gather()).any() | stray.gather().any().to(words.device)):
+    if not torch.equal(words, theirs.gather(scratch)) or bool(stray.gather(scratch).any()):
         _explain(ref, pushed.shards, held.shards)
 
 
@@ -222,7 +243,12 @@ def _check_modules(
 
 def _explain(ref: AdapterRef, pushed: Mapping[str, LoraShard], held: Mapping[str, LoraShard]) -> None:
     for path, shard in pushed.items():
-        if bool((Factors({path: shard}).gather() != Factors({path: held[path]}).gather()).any()):
+        if not torch.equal(_bits({path: shard}), _bits({path: held[path]})):
             raise DeliveryError(f"{ref}: the engine's slot differs from the trainer's shard in {path}")
-    odd = next(path for path in held if path not in pushed and Factors({path: held[path]}).gather().any())
+    odd = next(path for path, shard in held.items() if path not in pushed and _bits({path: shard}).any())
     raise DeliveryError(f"{ref}: {odd} has no adapter, but its slot is not zero")
+
+
+def _bits(shards: Mapping[str, LoraShard]) -> Tensor:
+    """Compared as words, for zero and minus zero are equal as numbers."""
+    return Factors(shards).gather(Scratch())

@@ -70,6 +70,7 @@ class GroupedLora(PunicaWrapperCPU):
         self._groups: tuple[tuple[int, Tensor | None], ...] = ()
         self._layer_at: dict[int, int] = {}
         self._held: dict[int, tuple[Factors, ...]] = {}
+        """What each slot holds, transposed."""
         for index, (layer, (a, b)) in enumerate(zip(layers, self.slots.stacked(), strict=True)):
             layer.lora_a_stacked = tuple(part.unsqueeze(1) for part in a.chunk(len(b), dim=1))
             layer.lora_b_stacked = tuple(part.unsqueeze(1) for part in b)
@@ -78,7 +79,7 @@ class GroupedLora(PunicaWrapperCPU):
 
     def hold(self, slot: int, rank: int) -> None:
         """From now on ``slot`` is read as one of an adapter of ``rank``."""
-        self._held[slot] = self.slots.factors(slot, rank)
+        self._held[slot] = tuple((a.t(), tuple(part.t() for part in b)) for a, b in self.slots.factors(slot, rank))
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **unused: Any
@@ -114,18 +115,16 @@ class GroupedLora(PunicaWrapperCPU):
             output_slices: out_i.
         """
         layer = self._layer_at[lora_a_stacked[0].data_ptr()]
+        columns = y.split(list(output_slices), dim=1)
         for slot, tokens in self._groups:
-            whole, factors_b = self._held[slot][layer]
-            rank = factors_b[0].shape[1]
-            u = (x if tokens is None else x[tokens]) @ whole.t()
-            start = 0
-            for index, (b, width) in enumerate(zip(factors_b, output_slices, strict=True)):
-                part, columns = u[:, index * rank : (index + 1) * rank], slice(start, start + width)
+            factor_a, factors_b = self._held[slot][layer]
+            u = torch.mm(x if tokens is None else x[tokens], factor_a)
+            parts = u.split(u.shape[1] // len(factors_b), dim=1)
+            for out, part, factor_b in zip(columns, parts, factors_b, strict=True):
                 if tokens is None:
-                    y[:, columns].addmm_(part, b.t())
+                    out.addmm_(part, factor_b)
                 else:
-                    y[:, columns].index_add_(0, tokens, part @ b.t())
-                start += width
+                    out.index_add_(0, tokens, part @ factor_b)
 
 
 def install(manager: Any) -> GroupedLora:

@@ -15,8 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="run every case of tests/faults/ (make faults)")
 
 
-SLOW = ("tests/service/test_app.py", "tests/service/test_recovery.py")
-"""Files that start many processes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
+SLOW = ("tests/service/test_app.py",)
+"""Files that take minutes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -309,13 +309,13 @@ class Patient(ScriptedEngine):
 
     def step(self) -> StepOutput:
         if self.num_steps:
-            assert self._reward_begun.wait(timeout=5), "no reward was computed while completions were being sampled"
+            assert self._reward_begun.wait(timeout=20), "no reward was computed while completions were being sampled"
         return super().step()
 
 
 def test_rewards_run_while_the_engine_samples_and_beside_each_other() -> None:
     begun = threading.Event()
-    all_four = threading.Barrier(4, timeout=5)
+    all_four = threading.Barrier(4, timeout=20)
 
     def meet(index: int) -> None:
         begun.set()

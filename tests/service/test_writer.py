@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.service.writer import DELAY_S, MAX_WAITING, Writer
+from framework.service.writer import MAX_WAITING, Writer
 
 
 def test_flush_waits_for_everything_and_cuts_the_delay_short() -> None:
@@ -22,10 +22,10 @@ def test_flush_waits_for_everything_and_cuts_the_delay_short() -> None:
 
 
 def test_what_is_put_is_written_soon_without_a_flush() -> None:
-    background, done = Writer(), threading.Event()
+    background, done = Writer(delay_s=2.0), threading.Event()
     background.put(Path("a"), done.set)
-    assert not done.wait(DELAY_S / 4), "the processors belong to the next sample first"
-    assert done.wait(20.0)
+    assert not done.wait(0.2), "the processors belong to the next sample first"
+    assert done.wait(30.0)
 
 
 def test_only_the_newest_content_of_a_folder_is_written() -> None:

@@ -15,16 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="run every case of tests/faults/ (make faults)")
 
 
-SLOW = ("tests/service/test_app.py",)
-"""Files that take minutes; ``make test-all`` runs them and what is marked slow, ``make test`` does not."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is slow; adds the skip, with its reason, to the tests that need what this machine lacks."""
-    root = Path(__file__).parents[1]
-    for item in items:
-        if any(item.path.is_relative_to(root / slow) for slow in SLOW):
-            item.add_marker(pytest.mark.slow)
+    """Adds the skip, with its reason, to the tests that need what this machine lacks."""
     if torch.accelerator.is_available():
         return
     for item in items:

@@ -54,6 +54,7 @@ class Server:
     url: str
     model: Path
     process: subprocess.Popen[bytes]
+    real: bool
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if BACKENDS[name].real else name for name in BACKENDS],
-)
+@pytest.fixture(scope="module", params=BACKENDS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     backend = BACKENDS[request.param]
     folder = tmp_path_factory.mktemp("service")
@@ -100,7 +98,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     process = subprocess.Popen([sys.executable, *launcher, "launch/serve.py", *keys], cwd=ROOT, env=environment)
     url = f"http://127.0.0.1:{keys[3].partition('=')[2]}"
     _wait(url, process)
-    yield Server(url=url, model=model, process=process)
+    yield Server(url=url, model=model, process=process, real=backend.real)
     process.send_signal(signal.SIGTERM)
     code = process.wait(timeout=120)
     if backend.nproc == 1:  # torchrun tells of the signal by a code of its own
@@ -212,14 +210,14 @@ def download(client: Any, server: Server, name: str, folder: Path) -> dict[str, 
 
 
 def reference(
-    server: Server, folder: Path, loss_fn: str, sampling_logprobs: list[list[float]]
+    server: Server, folder: Path, loss_fn: str, sampling_logprobs: list[list[float]], dtype: torch.dtype = torch.float32
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and the gradient of every factor by transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    base = AutoModelForCausalLM.from_pretrained(server.model, dtype=dtype)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True).to(dtype)
     total = torch.zeros(())
     for tokens, logprobs, advantages, weights in zip(TOKENS, sampling_logprobs, ADVANTAGES, WEIGHTS, strict=True):
         logits = model(torch.tensor([tokens[:-1]])).logits[0]
@@ -231,6 +229,11 @@ def reference(
     total.backward()
     grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return total.item(), grads
+
+
+def errors(seen: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> list[float]:
+    """Norm of the difference over the norm, of every factor."""
+    return [float((seen[name] - value).norm() / (value.norm() + 1e-6)) for name, value in wanted.items()]
 
 
 @pytest.mark.parametrize("loss_fn", ["cross_entropy", *REFERENCE])
@@ -246,13 +249,20 @@ def test_loss_and_gradient_are_pefts(sdk: Any, server: Server, tmp_path: Path, l
     after = download(client, server, "after", tmp_path / "after")
     assert done.result().metrics["loss:sum"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
     assert set(grads) == set(before)
-    for name, grad in grads.items():
-        moved = before[name] - after[name]  # g / (1 + |g| / 1000)
-        measured = moved / (1.0 - moved.abs() / 1e3)
-        assert (measured - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+    moved = {name: before[name] - after[name] for name in grads}  # g / (1 + |g| / 1000)
+    measured = {name: by / (1.0 - by.abs() / 1e3) for name, by in moved.items()}
+    if not server.real:
+        assert max(errors(measured, grads)) <= 1e-5
+        return
+    # Thirty layers round PEFT's own float32 gradient by more than that: compare both with float64.
+    _, exact = reference(server, tmp_path / "before", loss_fn, sampled, torch.float64)
+    ours, pefts = errors(measured, exact), errors(grads, exact)
+    assert max(ours) <= 1e-4
+    assert sum(ours) <= sum(pefts)
 
 
 def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -> None:
+    tolerance = 1e-4 if server.real else 1e-5  # of thirty layers in float32
     client = make(sdk, server, rank=8)
     prompt = types.ModelInput.from_ints(TOKENS[0])
     for _ in range(3):
@@ -261,7 +271,7 @@ def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -
         sampler = client.save_weights_and_get_sampling_client().result()
         output = client.forward(data("cross_entropy")[:1], "cross_entropy").result().loss_fn_outputs[0]
         np.testing.assert_allclose(
-            sampler.compute_logprobs(prompt).result()[1:], output["logprobs"].tolist(), rtol=1e-5, atol=1e-5
+            sampler.compute_logprobs(prompt).result()[1:], output["logprobs"].tolist(), rtol=tolerance, atol=tolerance
         )
         drawn = sampler.sample(
             types.ModelInput.from_ints(TOKENS[0][:4]),
@@ -280,7 +290,10 @@ def test_the_sampler_is_the_trainer_after_every_step(sdk: Any, server: Server) -
                 "cross_entropy",
             ).result()
             np.testing.assert_allclose(
-                scored.loss_fn_outputs[0]["logprobs"].tolist()[3:], list(sequence.logprobs), rtol=1e-5, atol=1e-5
+                scored.loss_fn_outputs[0]["logprobs"].tolist()[3:],
+                list(sequence.logprobs),
+                rtol=tolerance,
+                atol=tolerance,
             )
 
 

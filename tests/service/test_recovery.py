@@ -49,7 +49,9 @@ class Process:
 
     def start(self) -> None:
         options = [str(self.port), str(self.data_dir), str(self.snapshot_after_s), str(self.seconds_per_call)]
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what started the tests may ignore it (nohup)
         self.process = subprocess.Popen([sys.executable, "-m", "tests.service.toy_main", *options], cwd=ROOT)
+        signal.signal(signal.SIGHUP, handler)
 
     def end(self, number: signal.Signals) -> int:
         assert self.process is not None

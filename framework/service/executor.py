@@ -75,6 +75,7 @@ class Executor:
             output = self.worker.engine.step()
             if self.planner:
                 self.planner.stepped(output, time.perf_counter() - start)
+        self.worker.keep()
         return plan.stop
 
     def _attempt(self, action: Action) -> Any:

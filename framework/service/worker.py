@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class Worker:
     pad_to_multiple_of: int = 1
     refs: dict[VersionKey, AdapterRef] = field(default_factory=dict)
     running: dict[str, RunningBatch] = field(default_factory=dict)
+    published: dict[Path, str] = field(default_factory=dict)
+    """Folders of versions that were pushed in this turn, and their adapters."""
     clean: set[str] = field(default_factory=set)
     """Adapters known to have a zero gradient."""
 
@@ -107,7 +110,7 @@ class Worker:
             self.trainer.load_state_dict(action.adapter_id, tensors.read_state(Path(action.snapshot), self.tp_rank))
 
     def _snapshot(self, action: Snapshot) -> None:
-        self.writer.flush()
+        self._flush()
         if action.folder is not None:
             tensors.write_state(Path(action.folder), self.tp_rank, self.trainer.state_dict(action.adapter_id))
         if action.evict:
@@ -119,7 +122,7 @@ class Worker:
 
     def _load_version(self, action: LoadVersion) -> None:
         """Back into a slot, read back and compared, as when it was pushed."""
-        self.writer.flush()
+        self._flush()
         shards = tensors.read_shards(Path(action.folder), self.tp_rank)
         ref = self.refs.get(action.key)
         if ref is None:  # it was pushed before a restart
@@ -150,7 +153,7 @@ class Worker:
             return self._optim_step(action, op)
         if isinstance(op, Publish):
             self._publish(action)
-            return self.writer.flush() if op.sampling_session_id is None else None
+            return self._flush() if op.sampling_session_id is None else None
         if isinstance(op, SaveCheckpoint):
             return self._save(action, op)
         if isinstance(op, CreateAdapter):
@@ -158,7 +161,7 @@ class Worker:
         if isinstance(op, LoadState):
             return self._load(action, op.optimizer)
         assert isinstance(op, RemoveAdapter), f"no rank can run {op}"
-        self.writer.flush()
+        self._flush()
         return self._forget(name)
 
     def _create(self, action: Run, op: CreateAdapter) -> None:
@@ -186,14 +189,23 @@ class Worker:
             return
         assert action.folder is not None, "a new version has a folder"
         self.refs[action.publish_as] = self.weight_sync.publish(action.adapter_id)
-        folder, shards = Path(action.folder), self.trainer.adapter_shards(action.adapter_id)
-        copies = tensors.copied(shards)
-        self.writer.put(folder, lambda: tensors.write_shards(folder, self.tp_rank, copies))
+        self.published[Path(action.folder)] = action.adapter_id
+
+    def keep(self) -> None:
+        """Copies what was published before anything can change it; its file follows. Called at the end of a turn."""
+        while self.published:
+            folder, name = self.published.popitem()
+            copies = tensors.copied(self.trainer.adapter_shards(name))
+            self.writer.put(folder, partial(tensors.write_shards, folder, self.tp_rank, copies))
+
+    def _flush(self) -> None:
+        self.keep()
+        self.writer.flush()
 
     def _save(self, action: Run, op: SaveCheckpoint) -> None:
         if op.kind == "sampler_weights":
             self._publish(action)
-            self.writer.flush()
+            self._flush()
             return
         assert action.folder is not None, "a checkpoint has a folder"
         if op.kind == "weights":
@@ -223,7 +235,7 @@ class Worker:
     def _load(self, action: Run, optimizer: bool) -> None:
         """Weights, and if asked the optimizer, from a checkpoint; a gradient it may hold is not wanted."""
         assert action.source is not None, "a checkpoint has a folder"
-        self.writer.flush()
+        self._flush()
         folder, name = Path(action.source), action.adapter_id
         if optimizer:
             self.trainer.load_state_dict(name, tensors.read_state(folder, self.tp_rank))

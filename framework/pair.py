@@ -186,6 +186,7 @@ def load_weights(base: Base) -> dict[str, torch.Tensor]:
 def open_trainer(cfg: RunConfig, base: Base, weights: Mapping[str, torch.Tensor]) -> Trainer:
     """The configured training backend."""
     if cfg.trainer.backend == "megatron":
+        from framework.engine.vllm.attention import open_attention
         from framework.trainer.megatron.trainer import MegatronTrainer
 
         return MegatronTrainer(
@@ -196,6 +197,7 @@ def open_trainer(cfg: RunConfig, base: Base, weights: Mapping[str, torch.Tensor]
             dtype=base.dtype,
             sequence_parallel=cfg.parallel.sequence_parallel,
             recompute=cfg.trainer.recompute,
+            attention=open_attention(base.device),
         )
     from framework.trainer.hf.trainer import HfTrainer
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from benchmarks.gpu import report
+from framework.device import open_device
+from framework.engine.vllm.attention import open_attention
+from framework.trainer.megatron.flash import FlashAttention
 
 DIM = 128
 
@@ -56,7 +60,14 @@ def engine_kernel(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
     )  # fmt: skip
 
 
+def trainers(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """What the trainer runs: the engine's forward pass with torch's backward kernels."""
+    kernel = open_attention(open_device("cuda", local_rank=0))
+    return FlashAttention.apply(q, k, v, SimpleNamespace(kernel=kernel, cu_seqlens=offsets, max_seqlen=longest))
+
+
 KERNELS = {
+    "the trainer's: engine's forward": trainers,
     "flash varlen, grouped": flash,
     "flash varlen, repeated": flash_repeated,
     "cudnn dense": dense(SDPBackend.CUDNN_ATTENTION),

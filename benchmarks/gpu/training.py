@@ -23,6 +23,7 @@ from framework.algorithms.supervised import CrossEntropy
 from framework.batching import Batch, make_batch
 from framework.device import Device, open_device
 from framework.distributed import open_mesh
+from framework.engine.vllm.attention import open_attention
 from framework.lora.spec import LoraSpec
 from framework.models.layout import projections
 from framework.models.spec import ModelSpec
@@ -91,6 +92,7 @@ def run_case(case: str, device: Device, folder: Path, steps: int, *, with_profil
         dtype=torch.bfloat16,
         sequence_parallel=False,
         recompute=recompute,
+        attention=open_attention(device),
     )
     trainer.add_adapter("a", LoraSpec(rank=RANK), seed=0)
     batch = random_batch(spec, sequences, length)

@@ -1,12 +1,14 @@
 """Causal attention over packed sequences, and the per-microbatch facts that every layer needs.
 
 Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each: on a
-GPU by torch's variable-length kernel, elsewhere by dense products over buckets of sequences of similar length.
+GPU by the engine's kernel, without an engine by torch's; elsewhere by dense products over buckets of sequences of
+similar length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from framework.models.spec import ModelSpec, RopeScaling
 from framework.trainer.megatron import pointwise
 from framework.trainer.megatron.bucket_attention import Bucket, BucketAttention, make_buckets
+from framework.trainer.megatron.flash import FlashAttention
 
 ATTENTION_OPERATORS = (
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 )
-"""What :func:`attend` may run; elsewhere than on a GPU torch spells it differently, and it is computed again."""
+"""torch's, one of which runs without an engine's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,14 @@ class PackedPlan:
     """``[S + 1]`` int32 on the device."""
     max_seqlen: int
     buckets: tuple[Bucket, ...]
-    """Empty where the variable-length kernel is used."""
+    """Empty where a variable-length kernel is used."""
+    kernel: Any
+    """The engine's operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where torch's or none is used."""
+
+    @property
+    def operators(self) -> tuple[Any, ...]:
+        """Every operator that :func:`attend` may run; elsewhere than on a GPU it is spelled differently."""
+        return ATTENTION_OPERATORS if self.kernel is None else (self.kernel,)
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
@@ -68,6 +78,7 @@ def plan(
     *,
     dtype: torch.dtype,
     varlen: bool,
+    kernel: Any = None,
 ) -> PackedPlan:
     """Makes the plan of one microbatch.
 
@@ -77,7 +88,8 @@ def plan(
         max_seqlen: of the microbatch.
         frequencies: ``[head_dim / 2]`` float32 on the device.
         dtype: compute dtype.
-        varlen: whether torch's variable-length kernel exists for the device.
+        varlen: whether variable-length kernels exist for the device.
+        kernel: the engine's, see :attr:`PackedPlan.kernel`.
     """
     angles = position_ids[:, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -88,6 +100,7 @@ def plan(
         cu_seqlens=cu_seqlens.to(device),
         max_seqlen=max_seqlen,
         buckets=() if varlen else make_buckets(cu_seqlens.tolist(), device),
+        kernel=kernel,
     )
 
 
@@ -108,6 +121,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     Returns:
         ``[T, heads * head_dim]``.
     """
+    if packed.kernel is not None:
+        return FlashAttention.apply(q, k, v, packed).flatten(1)
     if not packed.buckets:
         return _attend_varlen(q, k, v, packed)
     return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from framework.distributed import Mesh
 from framework.models.layout import LAYER
 from framework.models.spec import ModelSpec
-from framework.trainer.megatron.attention import ATTENTION_OPERATORS, PackedPlan, attend
+from framework.trainer.megatron.attention import PackedPlan, attend
 from framework.trainer.megatron.lora_linear import ColumnParallelLinear, LoraSwitch, ParallelLinear, RowParallelLinear
 from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise
 
@@ -128,7 +128,7 @@ class DecoderLayer(MegatronModule, BaseTransformerLayer):
         if self.recompute == "full":
             x = _recomputed(self._layer, x, packed_seq_params)
         elif self.recompute == "all_but_attention":
-            x = _recomputed(self._layer, x, packed_seq_params, keep=ATTENTION_OPERATORS)
+            x = _recomputed(self._layer, x, packed_seq_params, keep=packed_seq_params.operators)
         else:
             x = self._layer(x, packed_seq_params)
         return x[:, None], None

@@ -49,6 +49,7 @@ class MegatronTrainer:
         dtype: torch.dtype,
         sequence_parallel: bool,
         recompute: str,
+        attention: Any = None,
     ) -> None:
         """Builds the model around ``weights``, which are neither copied nor changed.
 
@@ -60,6 +61,7 @@ class MegatronTrainer:
             dtype: compute dtype.
             sequence_parallel: split norms and residuals over the sequence; has an effect with two ranks or more.
             recompute: one of :data:`RECOMPUTE`.
+            attention: the engine's kernel, see :attr:`PackedPlan.kernel`; None for the trainer's own.
         """
         if recompute not in RECOMPUTE:
             raise ConfigError(f"trainer.recompute={recompute!r}: must be one of {list(RECOMPUTE)}")
@@ -89,6 +91,7 @@ class MegatronTrainer:
             group_size=mesh.tp_size,
             pointwise=context.pointwise,
         )
+        self._attention = attention
         self._frequencies = inverse_frequencies(spec).to(device.torch_device)
         self._states: dict[str, AdapterState | BaseState] = {}
 
@@ -294,6 +297,7 @@ class MegatronTrainer:
             self._frequencies,
             dtype=self.dtype,
             varlen=self.device.varlen_attention,
+            kernel=self._attention,
         )
         hidden = self._model(tokens[None], positions[None], attention_mask=None, packed_seq_params=packed)
         hidden = hidden.reshape(-1, hidden.shape[-1])

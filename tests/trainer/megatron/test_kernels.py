@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from framework.device import open_device
+from framework.engine.vllm.attention import open_attention
 from framework.trainer.megatron.attention import attend, plan
 from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise, VocabGradient
 
@@ -104,10 +106,12 @@ def test_vocabulary(temperature: float, dtype: torch.dtype, kernels: Pointwise) 
     )
 
 
+@pytest.mark.parametrize("of", ["torch", "the engine"])
 @pytest.mark.parametrize("lengths", [(300,), (1, 7, 128, 129, 64, 1), (64, 64)], ids=str)
-@pytest.mark.parametrize(("query", "kv", "dim"), [(4, 4, 64), (9, 3, 64), (32, 8, 128)])
-def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: int) -> None:
-    """The device's kernel against dense attention by buckets in float64."""
+@pytest.mark.parametrize(("query", "kv", "dim"), [(4, 4, 64), (9, 3, 64), (32, 8, 128), (4, 1, 256)])
+def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: int, of: str) -> None:
+    """The device's kernels, forward and backward, against dense attention by buckets in float64."""
+    kernel = open_attention(open_device("auto", local_rank=0)) if of == "the engine" else None
     total = sum(lengths)
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     q, k, v = (
@@ -118,8 +122,10 @@ def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: in
         torch.zeros(total, dtype=torch.int64, device=q.device),
         torch.ones(dim // 2, device=q.device),
     )
+    common = (positions, offsets, max(lengths), frequencies)
     plans = [
-        plan(positions, offsets, max(lengths), frequencies, dtype=q.dtype, varlen=varlen) for varlen in (True, False)
+        plan(*common, dtype=q.dtype, varlen=True, kernel=kernel),
+        plan(*common, dtype=q.dtype, varlen=False),
     ]
     for place in range(3):
         order = [(q, k, v)[place], *(x for i, x in enumerate((q, k, v)) if i != place)]

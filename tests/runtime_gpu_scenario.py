@@ -29,7 +29,7 @@ def small(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
         run_dir,
         hardware={"device": "auto"},
         engine=engine,
-        model={"name_or_path": str(model), "dtype": "bfloat16"},
+        model__dtype="bfloat16",
         parity={"probe": False, "abort_abs_diff_mean": 1.0, "warn_abs_diff_mean": 1.0},
     )
 

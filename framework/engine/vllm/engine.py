@@ -15,6 +15,7 @@ from framework.distributed import Mesh
 from framework.engine.base import EngineProfile, SampleRequest, StepOutput, check_request
 from framework.engine.vllm import internals
 from framework.engine.vllm.copies import CopyPlan, plan_copies
+from framework.engine.vllm.decode_blocks import answer_inside_blocks
 from framework.errors import AdapterError, ConfigError, DeliveryError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
@@ -68,6 +69,7 @@ class VllmEngine:
         sized = internals.cache_sized_by(size_cache) if size_cache is not None else nullcontext()
         with internals.keep_random_state(), sized:
             self._llm = _start(model_path, options, mesh, device, dtype)
+        answer_inside_blocks(self._llm)
         self._asleep = False
         self._device = device
         self._watchdog = mesh.watchdog
@@ -316,6 +318,7 @@ def _params(sampling: SamplingParams, *, stream: bool) -> Any:
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.top_logprobs,
         prompt_logprobs=prompt_logprobs,
+        flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
@@ -329,7 +332,7 @@ def _completion(output: Any, request: SampleRequest) -> Completion:
     wanted = request.sampling.prompt_logprobs or request.sampling.top_prompt_logprobs
     return Completion(
         token_ids=tokens,
-        sampling_logprobs=tuple(entry[token].logprob for entry, token in zip(sample.logprobs, tokens, strict=True)),
+        sampling_logprobs=tuple(sample.logprobs.logprobs[first] for first in sample.logprobs.start_indices),
         stop_reason=stop,
         adapter=request.adapter,
         prompt_logprobs=tuple(

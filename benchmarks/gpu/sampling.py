@@ -1,7 +1,8 @@
 """How many tokens per second through our engine, beside plain vLLM with the same adapter and beside the base model?
 
-128 prompts of 64 tokens, 256 tokens each, Qwen3-4B shapes, LoRA r=32 on all linears, CUDA graphs. The floor of a decode
-step is the bytes of the weights over the memory's bandwidth.
+128 prompts of 64 tokens, 256 tokens each, Qwen3-4B shapes, LoRA r=32 on all linears, CUDA graphs; then the base model
+through an engine that was started without LoRA, in a process of its own. The floor of a decode step is the bytes of the
+weights over the memory's bandwidth.
 
     python -m benchmarks.gpu.sampling --out out/ [--lora-configs folder]
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from framework.types import AdapterRef, Prompt, SamplingParams
 
 PROMPTS, TOKENS = 128, 256
 SCRATCH = Path("/dev/shm/tandem-bench")
+SIDES = ("with LoRA", "without LoRA")
 SHRINK = {"block_m": 32, "block_n": 32, "block_k": 128, "split_k": 8, "num_warps": 4, "num_ctas": 1, "group_size_m": 8}
 EXPAND = {"block_m": 64, "block_n": 128, "block_k": 32, "num_warps": 4, "num_ctas": 1}
 LATER = {"num_stages": 2, "max_nreg": None}
@@ -104,7 +108,7 @@ def options_of(max_adapters: int, rank: int) -> VllmOptions:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="qwen3-4b")
@@ -113,11 +117,12 @@ def main() -> None:
     parser.add_argument("--max-adapters", type=int, default=2)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--vllm-kernels", action="store_true", help="vLLM's own LoRA kernels instead of ours")
-    parser.add_argument("--without-vllm", action="store_true", help="our engine only")
-    args = parser.parse_args()
-    if args.lora_configs:
-        write_lora_configs(args.lora_configs)
-        os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(args.lora_configs)
+    parser.add_argument("--side", choices=SIDES, help="one engine in this process; without it each in its own")
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Tokens/s of one engine."""
     if args.vllm_kernels:
         fused_lora.MAX_SHARE = 10**9
     device = open_device("auto", local_rank=0)
@@ -127,36 +132,60 @@ def main() -> None:
         shapes.write_checkpoint(args.model, folder, device.torch_device)
         torch.cuda.empty_cache()
     spec = shapes.write_config(args.model, folder)
-    options = options_of(args.max_adapters, args.rank)
+    with_lora = args.side == SIDES[0]
+    options = options_of(args.max_adapters if with_lora else 0, args.rank)
     started = time.perf_counter()
     engine = VllmEngine(folder, options, mesh=mesh, device=device, dtype=torch.bfloat16)
     start_s = time.perf_counter() - started
-    print(f"engine started in {start_s:.0f} s", flush=True)
+    print(f"engine {args.side} started in {start_s:.0f} s", flush=True)
+    prompts = torch.randint(0, 150000, (PROMPTS, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    if not with_lora:
+        return {
+            "start s": start_s,
+            "ours": speed(lambda: ours(engine, prompts, None)),
+            "plain vLLM, no logprobs": speed(lambda: plain_vllm(engine, prompts, None, None)),
+        }
     state = AdapterState(spec, LoraSpec(rank=args.rank), mesh, seed=0, dtype=torch.bfloat16, device=device.torch_device)
     state.master.normal_(0.0, 0.01)
     state.publish()
     ref = AdapterRef(name="policy", version=1, content_hash="")
     engine.load_adapter(ref, state.spec, state.shards())
-    prompts = torch.randint(0, 150000, (PROMPTS, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    works: dict[str, Callable[[], int]] = {
-        "ours, LoRA": lambda: ours(engine, prompts, ref),
-        "ours, base": lambda: ours(engine, prompts, None),
-        "plain vLLM, LoRA, logprobs": lambda: plain_vllm(engine, prompts, ref, 0),
-        "plain vLLM, LoRA, no logprobs": lambda: plain_vllm(engine, prompts, ref, None),
-        "plain vLLM, base, no logprobs": lambda: plain_vllm(engine, prompts, None, None),
+    return {
+        "start s": start_s,
+        "ours, adapter": speed(lambda: ours(engine, prompts, ref)),
+        "ours, base": speed(lambda: ours(engine, prompts, None)),
+        "plain vLLM, adapter": speed(lambda: plain_vllm(engine, prompts, ref, 0)),
+        "plain vLLM, adapter, no logprobs": speed(lambda: plain_vllm(engine, prompts, ref, None)),
     }
-    chosen = list(works)[: 2 if args.without_vllm else None]
-    figures = {what: speed(works[what]) for what in chosen}
-    rows = [{"what": key, "tokens/s": round(value)} for key, value in figures.items()]
-    print(report.table(rows), flush=True)
-    if not args.without_vllm:
-        print("ours / plain:", figures["ours, LoRA"] / figures["plain vLLM, LoRA, logprobs"])
-    print("LoRA / base:", figures["ours, LoRA"] / figures["ours, base"], flush=True)
-    report.write(
-        args.out / f"{args.name}.json",
-        {**figures, "start s": start_s, "tuned": bool(args.lora_configs), "fused": not args.vllm_kernels},
-    )
-    os._exit(0)  # vLLM's teardown takes long and says nothing
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.lora_configs:
+        write_lora_configs(args.lora_configs)
+        os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(args.lora_configs)
+    if args.side:
+        result = measure(args)
+        (args.out / f"{args.name}.{args.side.replace(' ', '_')}.part").write_text(json.dumps(result))
+        os._exit(0)  # vLLM's teardown takes long and says nothing
+    sides: dict[str, dict[str, float]] = {}
+    for side in SIDES:
+        command = [sys.executable, "-m", "benchmarks.gpu.sampling", *sys.argv[1:], "--side", side]
+        subprocess.run(command, check=True)
+        part = args.out / f"{args.name}.{side.replace(' ', '_')}.part"
+        sides[side] = json.loads(part.read_text())
+        part.unlink()
+        print(json.dumps({side: sides[side]}, indent=1), flush=True)
+    with_lora, without = (sides[side] for side in SIDES)
+    ratios = {
+        "ours / plain vLLM, same adapter": with_lora["ours, adapter"] / with_lora["plain vLLM, adapter"],
+        "adapter / engine without LoRA": with_lora["ours, adapter"] / without["ours"],
+        "adapter / base model of the same engine": with_lora["ours, adapter"] / with_lora["ours, base"],
+    }
+    print(json.dumps(ratios, indent=1), flush=True)
+    settings = {"configured": bool(args.lora_configs), "fused": not args.vllm_kernels}
+    report.write(args.out / f"{args.name}.json", {**sides, "ratios": ratios, **settings})
 
 
 if __name__ == "__main__":

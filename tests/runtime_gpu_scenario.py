@@ -53,7 +53,8 @@ def on_rank(model: Path, run_dir: Path) -> dict[str, Any]:
     rt = open_sampling(cfg)
     engine, trainer, device = rt.engine, rt.trainer, rt.base.device
     theirs = {tensor.data_ptr() for tensor in engine.base_weights().values()}  # type: ignore[attr-defined]
-    ours = {name: p.data_ptr() for name, p in trainer._model.named_parameters()}  # type: ignore[attr-defined]
+    gpt = trainer._model  # type: ignore[attr-defined]
+    ours = {name: tensor.data_ptr() for name, tensor in (*gpt.named_parameters(), *named_tensors(gpt))}
     trainer.add_adapter("cycled", cfg.lora, seed=0)
     ref = rt.weight_sync.push("cycled")
     batch = full_microbatch(rt.base.spec.vocab_size, 512, 128, multiple_of=1)
@@ -80,6 +81,16 @@ def on_rank(model: Path, run_dir: Path) -> dict[str, Any]:
         "same tokens": after == before,
         "steps": [row for row in rows if "time/step_s" in row],
     }
+
+
+def named_tensors(model: Any) -> list[tuple[str, Any]]:
+    """The weights that modules hold as buffers."""
+    return [
+        (f"{path}.{name}", tensor)
+        for path, module in model.named_modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None
+    ]
 
 
 def refusal(model: Path, run_dir: Path) -> dict[str, Any]:

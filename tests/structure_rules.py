@@ -16,7 +16,19 @@ MAX_LAUNCH_LINES = 40
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors"),
-    ("algorithms", "lora", "console", "device", "distributed", "metrics", "models", "storage", "timing", "watchdog"),
+    (
+        "algorithms",
+        "lora",
+        "console",
+        "device",
+        "distributed",
+        "kernels",
+        "metrics",
+        "models",
+        "storage",
+        "timing",
+        "watchdog",
+    ),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),
     ("rollout", "evaluation", "weight_sync", "shared_weights", "probe", "memory", "checkpoint", "config"),
     ("overrides", "parity", "pair"),

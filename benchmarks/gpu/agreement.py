@@ -5,7 +5,7 @@ of the trainer after the other replaced by the engine's own kernel, and the engi
 against the same tokens decoded one by one). Then part by part: each of the trainer's functions on the engine's own
 inputs, the fraction of elements that come out bit for bit the same.
 
-    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.agreement --out out/ --model folder [--batch-invariant]
+    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.agreement --out out/ --model folder [--graphs] [--parts]
 """
 
 from __future__ import annotations
@@ -106,23 +106,6 @@ def engine_swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def engine_norm(module: Any, x: Tensor) -> Tensor:
-    """What the engine computes at this norm: the first one alone, the others fused with the residual's sum."""
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
-
-    x = x.contiguous()
-    if getattr(module, "first", False):
-        if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
-            return rms_norm_batch_invariant(x, module.weight, module.eps)
-        out = torch.empty_like(x)
-        ops.rms_norm(out, x, module.weight, module.eps)
-        return out
-    out = torch.zeros_like(x)
-    ops.fused_add_rms_norm(out, x.clone(), module.weight, module.eps)
-    return out
-
-
 def engine_rotation(model: Any) -> Callable[..., tuple[Tensor, ...]]:
     """Its kernel and its table; the model has no norms of q and k."""
     rotary = model.model.layers[0].self_attn.rotary_emb
@@ -158,7 +141,6 @@ def trainer_parts(rt: SamplingRuntime, model: Any) -> dict[str, Callable[[], Any
 
     trainer: Any = rt.trainer
     modules = list(trainer._model.modules())
-    trainer._model.decoder.layers[0].input_layernorm.first = True
     kernels = trainer._vocab.pointwise
 
     @contextmanager
@@ -180,29 +162,32 @@ def trainer_parts(rt: SamplingRuntime, model: Any) -> dict[str, Callable[[], Any
     assert kernels is not None
     return {
         "attention": lambda: attribute(layers, "attend", engine_attention),
-        "norms": lambda: attribute(layers.RMSNorm, "forward", engine_norm),
         "swiglu": lambda: pointwise(swiglu=engine_swiglu),
         "rotation": lambda: pointwise(norm_and_rotate=engine_rotation(model)),
         "linears": lambda: attribute(lora_linear.ParallelLinear, "local_product", engine_linear),
     }
 
 
-def end_to_end(rt: SamplingRuntime, model: Any, ref: AdapterRef | None, prompts: list[list[int]]) -> dict[str, Any]:
-    """Of sampled tokens: the engine against itself, the trainer as it is, and with the engine's parts."""
+def end_to_end(
+    rt: SamplingRuntime, model: Any, ref: AdapterRef | None, prompts: list[list[int]], *, with_parts: bool
+) -> dict[str, Any]:
+    """Of sampled tokens: the engine against itself, the trainer as it is, and if asked with the engine's parts."""
     name = None if ref is None else POLICY
     done = generate(rt.engine, requests(prompts, ref))
-    sampled = decoded(done)
+    sampled, read, mine = decoded(done), prefilled(rt, prompts, done, ref), trained(rt, prompts, done, name)
     figures: dict[str, Any] = {"tokens": len(sampled)}
-    figures["engine, read at once against decoded"] = compare(prefilled(rt, prompts, done, ref), sampled)
-    figures["trainer"] = compare(trained(rt, prompts, done, name), sampled)
-    parts = trainer_parts(rt, model)
+    figures["engine, read at once against decoded"] = compare(read, sampled)
+    figures["trainer"] = compare(mine, sampled)
+    figures["trainer against the engine reading"] = compare(mine, read)
+    parts = trainer_parts(rt, model) if with_parts else {}
     for what, part in parts.items():
         with part():
             figures[f"trainer with the engine's {what}"] = compare(trained(rt, prompts, done, name), sampled)
     with ExitStack() as stack:
         for part in parts.values():
             stack.enter_context(part())
-        figures["trainer with all of these"] = compare(trained(rt, prompts, done, name), sampled)
+        if parts:
+            figures["trainer with all of these"] = compare(trained(rt, prompts, done, name), sampled)
     for what, values in figures.items():
         print("   ", what, values, flush=True)
     return figures
@@ -240,6 +225,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--parts", action="store_true", help="also with parts of the trainer replaced, without graphs")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--name", default="agreement")
     args = parser.parse_args()
@@ -254,13 +240,14 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if args.batch_invariant:
         invariant_logits(rt, model).__enter__()  # to the end of the process
-    if not args.graphs:
+    if args.parts:
         figures["part by part"] = part_by_part(rt, model, sets["chat"][0])
     for what, prompts in sets.items():
-        figures[f"{what}, bf16 logits"] = half_logits(rt, model, prompts)
-        print(what, "bf16 logits", figures[f"{what}, bf16 logits"], flush=True)
+        if args.parts:
+            figures[f"{what}, bf16 logits"] = half_logits(rt, model, prompts)
+            print(what, "bf16 logits", figures[f"{what}, bf16 logits"], flush=True)
         print(what, "base", flush=True)
-        figures[f"{what}, base"] = end_to_end(rt, model, None, prompts)
+        figures[f"{what}, base"] = end_to_end(rt, model, None, prompts, with_parts=args.parts)
     rt.trainer.add_adapter(POLICY, LoraSpec(rank=32), seed=0)
     prompts = sets["chat"]
     batch = batch_of(prompts, generate(rt.engine, requests(prompts, None)))
@@ -273,7 +260,7 @@ def main() -> None:
         ref = rt.weight_sync.push(POLICY)
         for what, mine in sets.items():
             print(what, "step", steps, flush=True)
-            figures[f"{what}, step {steps}"] = end_to_end(rt, model, ref, mine)
+            figures[f"{what}, step {steps}"] = end_to_end(rt, model, ref, mine, with_parts=args.parts)
         report.write(args.out / f"{args.name}.json", figures)
     os._exit(0)  # vLLM's teardown takes long and says nothing
 

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--trl", type=Path, help="folder with TRL and what it needs, if it is not installed")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--corrected-steps", type=int, default=4, help="of TRL, at the end, with its correction")
     parser.add_argument("--limit-s", type=float, default=300.0, help="of one side")
     parser.add_argument("--sides", nargs="+", default=["tandem", "trl"])
     args = parser.parse_args()
@@ -84,6 +85,7 @@ def main() -> None:
     if not (folder / "tokenizer.json").exists():
         shapes.write_checkpoint(args.model, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     job = {**JOB, "model": str(folder), "steps": args.steps, "texts": texts(), "limit_s": args.limit_s}
+    job["corrected_steps"] = args.corrected_steps
     job["scratch"] = str(SCRATCH / "step")
     figures: dict[str, Any] = {"job": dict(JOB)}
     for side in args.sides:
@@ -91,7 +93,8 @@ def main() -> None:
         if result is None:
             print(f"{side} gave no result; see its log", flush=True)
             continue
-        figures[side] = {**result, "phases": {name: phases(steps) for name, steps in result["steps"].items()}}
+        steady = {name: steps for name, steps in result["steps"].items() if len(steps) > 2}
+        figures[side] = {**result, "phases": {name: phases(steps) for name, steps in steady.items()}}
         print(json.dumps({side: figures[side]["phases"]}, indent=1), flush=True)
     if {"tandem", "trl"} <= set(figures):
         ours = figures["tandem"]["phases"]["as it is"]

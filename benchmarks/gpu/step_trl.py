@@ -19,9 +19,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.gpu.step import reward
 
-CORRECTED = 4
-"""So many steps at the end are made with TRL's default, the importance-sampling correction."""
-
 
 class Clock(TrainerCallback):  # type: ignore[misc]
     """Seconds from the beginning of a step to its end, optimizer included, split by phase."""
@@ -86,7 +83,7 @@ def main() -> None:
         vllm_importance_sampling_correction=True,
         beta=0.0,
         learning_rate=job["learning_rate"],
-        max_steps=job["steps"] + CORRECTED,
+        max_steps=job["steps"] + job["corrected_steps"],
         report_to="none",
         save_strategy="no",
         logging_steps=1,

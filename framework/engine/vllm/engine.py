@@ -268,6 +268,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         enable_sleep_mode=device.shares_weights,
         disable_log_stats=True,
         hf_overrides=_head_dtype(device, dtype),
+        **_shared_kernels(device, dtype),
         seed=0,
     )
     return LLMEngine.from_engine_args(args)
@@ -276,6 +277,15 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
 def _head_dtype(device: Device, dtype: torch.dtype) -> dict[str, str]:
     """Logits in float32 where the trainer's are: the output layer's sums as they are, see Pointwise.logits."""
     return {"head_dtype": "float32"} if device.compiles_kernels and dtype is not torch.float32 else {}
+
+
+def _shared_kernels(device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes the engine's functions between the products the trainer's, bit for bit."""
+    if not device.compiles_kernels or dtype is torch.float32:
+        return {}
+    from framework.engine.vllm import norms  # needs a kernel compiler
+
+    return norms.arguments()
 
 
 def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:

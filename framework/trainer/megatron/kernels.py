@@ -13,18 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from framework.kernels.rms_norm import rms_norm, warps
 from framework.trainer.megatron.pointwise import Heads, Pointwise, VocabGradient, VocabStats, turn
-
-
-@triton.jit
-def _rms_norm_forward(x_ptr, w_ptr, y_ptr, n, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    row = tl.program_id(0).to(tl.int64) * n
-    column = tl.arange(0, BLOCK)
-    inside = column < n
-    x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x) / n + eps)
-    w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row + column, x * rstd * w, mask=inside)
 
 
 @triton.jit
@@ -45,13 +35,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        n = x.shape[-1]
-        y = torch.empty_like(x)
-        block = triton.next_power_of_2(n)
-        _rms_norm_forward[(x.numel() // n,)](x, weight, y, n, eps, BLOCK=block, num_warps=_warps(block))
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return y
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
         n = x.shape[-1]
         dx = torch.empty_like(x)
         block = triton.next_power_of_2(n)
-        _rms_norm_backward[(x.numel() // n,)](x, weight, dy, dx, n, ctx.eps, BLOCK=block, num_warps=_warps(block))
+        _rms_norm_backward[(x.numel() // n,)](x, weight, dy, dx, n, ctx.eps, BLOCK=block, num_warps=warps(block))
         return dx, _norm_weight_gradient(x, dy, weight, ctx.eps) if ctx.needs_input_grad[1] else None, None
 
 
@@ -69,10 +55,6 @@ def _norm_weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, eps: float) -> 
     x32 = x.float()
     rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (dy * x32).mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 16)
 
 
 @triton.jit
@@ -327,11 +309,41 @@ def logits_in_float32(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
 
+@triton.jit
+def _add_delta(y_ptr, y_stride, u_ptr, u_stride, b_ptr, tokens, size, RANK: tl.constexpr, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    row = tl.program_id(0) * 64 + tl.arange(0, 64)
+    column = tl.program_id(1) * 64 + tl.arange(0, 64)
+    r = tl.arange(0, BLOCK_R)
+    inside = (row < tokens)[:, None] & (column < size)[None, :]
+    place = y_ptr + row.to(tl.int64)[:, None] * y_stride + column[None, :]
+    u_place = u_ptr + row.to(tl.int64)[:, None] * u_stride + r[None, :]
+    u = tl.load(u_place, mask=(row < tokens)[:, None] & (r < RANK)[None, :], other=0.0)
+    b = tl.load(
+        b_ptr + column[None, :] * RANK + r[:, None], mask=(column < size)[None, :] & (r < RANK)[:, None], other=0.0
+    )
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32) + tl.dot(u, b)
+    tl.store(place, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def add_delta(y: Tensor, u: Tensor, b: Tensor) -> None:
+    """See :attr:`Pointwise.add_delta`; bit for bit what the engine's kernel adds (engine/vllm/fused_lora.py)."""
+    rank = b.shape[1]
+    if y.dtype is torch.float32:  # tensor cores would round what they multiply
+        y.addmm_(u, b.t())
+        return
+    grid = (triton.cdiv(len(y), 64), triton.cdiv(y.shape[1], 64))
+    _add_delta[grid](
+        y, y.stride(0), u, u.stride(0), b.contiguous(), len(y), y.shape[1],
+        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=4,
+    )  # fmt: skip
+
+
 KERNELS = Pointwise(
     rms_norm=_RmsNorm.apply,
     swiglu=_Swiglu.apply,
     norm_and_rotate=norm_and_rotate,
     logits=logits_in_float32,
+    add_delta=add_delta,
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
     chunk_bytes=320 * 2**20,

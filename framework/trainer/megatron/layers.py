@@ -42,7 +42,13 @@ Linear = TypeVar("Linear", bound=ParallelLinear)
 
 
 def _linear(kind: type[Linear], path: str, context: LayerContext) -> Linear:
-    return kind(path, context.mesh, context.switch, sequence_parallel=context.sequence_parallel)
+    return kind(
+        path,
+        context.mesh,
+        context.switch,
+        sequence_parallel=context.sequence_parallel,
+        add_delta=context.pointwise.add_delta,
+    )
 
 
 class RMSNorm(nn.Module):

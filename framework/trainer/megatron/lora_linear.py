@@ -17,7 +17,7 @@ those of replicated factors (A above, B below) are partial until the optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from framework.distributed import Mesh
+
+AddDelta = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,12 +78,18 @@ class _LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: ModuleFactors, mask: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: ModuleFactors,
+        mask: Tensor | None,
+        add_delta: AddDelta,
     ) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
         u = (x if mask is None else x * mask) @ factors.a_all.t()
         for part in factors.slices:
-            y[:, part.rows].addmm_(u[:, part.columns], part.b.t())
+            add_delta(y[:, part.rows], u[:, part.columns], part.b)
         ctx.save_for_backward(x, weight, u, mask)
         ctx.factors = factors
         return y
@@ -98,13 +106,13 @@ class _LoraMatmul(torch.autograd.Function):
             part.b_grad.add_(dy_part.t() @ u[:, part.columns])
         factors.a_grad.add_(du.t() @ (x if mask is None else x * mask))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+            return (None,) * 6
         dx = dy @ weight
         if mask is None:
             dx.addmm_(du, factors.a_all)
         else:
             dx.addcmul_(du @ factors.a_all, mask)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class ParallelLinear(nn.Module):
@@ -114,8 +122,12 @@ class ParallelLinear(nn.Module):
     """``[out_local, in_local]`` compute dtype; bound after construction, possibly a view of the engine's."""
     bias: Tensor | None
 
-    def __init__(self, path: str, mesh: Mesh, switch: LoraSwitch, *, sequence_parallel: bool) -> None:
+    def __init__(
+        self, path: str, mesh: Mesh, switch: LoraSwitch, *, sequence_parallel: bool, add_delta: AddDelta
+    ) -> None:
+        """``add_delta`` is :attr:`Pointwise.add_delta`."""
         super().__init__()
+        self.add_delta = add_delta
         self.path = path
         self.mesh = mesh
         self.switch = switch
@@ -128,7 +140,7 @@ class ParallelLinear(nn.Module):
         factors = self.switch.modules.get(self.path)
         if factors is None:
             return nn.functional.linear(x, self.weight, self.bias)
-        return _LoraMatmul.apply(x, self.weight, self.bias, factors, self._mask(x, factors))
+        return _LoraMatmul.apply(x, self.weight, self.bias, factors, self._mask(x, factors), self.add_delta)
 
     def _mask(self, x: Tensor, factors: ModuleFactors) -> Tensor | None:
         """Dropout multipliers of x, the same values for every tensor-parallel size: drawn whole, then sliced."""

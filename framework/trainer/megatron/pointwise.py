@@ -65,6 +65,8 @@ class Pointwise:
     logits: Callable[[Tensor, Tensor], Tensor]
     """(hidden ``[n, hidden]``, weight ``[rows, hidden]``) to ``[n, rows]``; float32 where that costs nothing, because a
     bfloat16 logit between 16 and 32 is a multiple of 1/8. The engine's logits must be rounded alike."""
+    add_delta: Callable[[Tensor, Tensor, Tensor], None]
+    """(y ``[T, rows]``, u ``[T, r]``, b ``[rows, r]``): y += u b^T in place, rounded once."""
     vocab_stats: Callable[[Tensor, Tensor, float], VocabStats]
     """(logits ``[n, rows]``, targets ``[n]`` int64 local row or out of range, temperature)."""
     vocab_gradient: Callable[[Tensor, Tensor, float, VocabGradient, torch.dtype], Tensor]
@@ -163,6 +165,11 @@ def norm_and_rotate(
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
+def add_delta(y: Tensor, u: Tensor, b: Tensor) -> None:
+    """See :attr:`Pointwise.add_delta`."""
+    y.addmm_(u, b.t())
+
+
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     z = logits.to(torch.float32, copy=True)
     return z if temperature == 1.0 else z.div_(temperature)
@@ -199,6 +206,7 @@ PLAIN = Pointwise(
     swiglu=swiglu,
     norm_and_rotate=norm_and_rotate,
     logits=lambda hidden, weight: hidden @ weight.t(),
+    add_delta=add_delta,
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
     chunk_bytes=24 * 2**20,  # stays in the cache, and below the size that malloc takes from the kernel each time

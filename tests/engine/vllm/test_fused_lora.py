@@ -60,6 +60,21 @@ def test_every_token_gets_its_own_slots_delta_rounded_once(shape: str, tokens: i
             assert torch.equal(got, full[:, : sum(sizes)])
 
 
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+def test_the_trainer_adds_the_same_bits(rank: int) -> None:
+    from framework.engine.vllm.fused_lora import expand
+    from framework.trainer.megatron.kernels import add_delta
+
+    sizes = (576, 192, 192)
+    b = [draw(1, 1, size, rank) for size in sizes]
+    full = draw(300, sum(sizes) + len(sizes) * rank)
+    slot_of = torch.zeros(len(full), dtype=torch.int32, device=full.device)
+    y, u = (x.clone() for x in full.split([sum(sizes), len(sizes) * rank], dim=1))
+    for number, part in enumerate(y.split(sizes, dim=1)):
+        add_delta(part, u[:, number * rank : (number + 1) * rank], b[number][0, 0])
+    assert torch.equal(y, expand(full, b, slot_of))
+
+
 def test_without_adapters_it_is_the_base_product() -> None:
     from framework.engine.vllm.fused_lora import linear_with_slots
 

@@ -106,6 +106,19 @@ def test_vocabulary(temperature: float, dtype: torch.dtype, kernels: Pointwise) 
     )
 
 
+@pytest.mark.parametrize("size", [576, 2560])
+def test_a_norm_has_the_same_bits_behind_a_sum_and_for_any_number_of_rows(size: int) -> None:
+    from framework.kernels.rms_norm import add_rms_norm, rms_norm
+
+    x, residual, weight = (draw(*shape, dtype=torch.bfloat16) for shape in ((300, size), (300, size), (size,)))
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, rms_norm(total, weight, 1e-5))
+    for row in (0, 7, 299):
+        alone, _ = add_rms_norm(x[row : row + 1], residual[row : row + 1], weight, 1e-5)
+        assert torch.equal(alone[0], normed[row])
+
+
 @pytest.mark.parametrize("of", ["torch", "the engine"])
 @pytest.mark.parametrize("lengths", [(300,), (1, 7, 128, 129, 64, 1), (64, 64)], ids=str)
 @pytest.mark.parametrize(("query", "kv", "dim"), [(4, 4, 64), (9, 3, 64), (32, 8, 128), (4, 1, 256)])

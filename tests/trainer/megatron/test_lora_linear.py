@@ -15,6 +15,7 @@ from framework.trainer.megatron.lora_linear import (
     ParallelLinear,
     RowParallelLinear,
 )
+from framework.trainer.megatron.pointwise import PLAIN
 
 TOKENS, IN, RANK = 11, 8, 3
 ROWS = (6, 4, 4)
@@ -43,7 +44,7 @@ def factors(present: tuple[int, ...], *, dropout: float = 0.0) -> ModuleFactors:
 
 
 def linear(mesh: Mesh, switch: LoraSwitch, kind: type[ParallelLinear] = ColumnParallelLinear) -> ParallelLinear:
-    module = kind("fused", mesh, switch, sequence_parallel=False)
+    module = kind("fused", mesh, switch, sequence_parallel=False, add_delta=PLAIN.add_delta)
     module.weight, module.bias = random(sum(ROWS), IN, seed=1), random(sum(ROWS), seed=2)
     return module
 

@@ -1,0 +1,1 @@
+"""Triton kernels that trainer and engine share, so that both compute the same bits."""

@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, and the per-microbatch facts that every layer needs.
 
-Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each: on a
-GPU by the engine's kernel, without an engine by torch's; elsewhere by dense products over buckets of sequences of
-similar length.
+Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each. On a GPU
+by the engine's kernel, so that the trainer's forward pass has the engine's bits; one sequence alone by cuDNN, whose
+backward pass is 1.6 times as fast. Elsewhere by dense products over buckets of sequences of similar length.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PackedPlan:
     @property
     def operators(self) -> tuple[Any, ...]:
         """Every operator that :func:`attend` may run; elsewhere than on a GPU it is spelled differently."""
-        return ATTENTION_OPERATORS if self.kernel is None else (self.kernel,)
+        return ATTENTION_OPERATORS if self.kernel is None else (*ATTENTION_OPERATORS, self.kernel)
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
@@ -121,23 +121,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     Returns:
         ``[T, heads * head_dim]``.
     """
+    if packed.buckets:
+        return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
+    if len(packed.cu_seqlens) == 2:
+        return _attend_alone(q, k, v)
     if packed.kernel is not None:
         return FlashAttention.apply(q, k, v, packed).flatten(1)
-    if not packed.buckets:
-        return _attend_varlen(q, k, v, packed)
-    return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
+    return _attend_varlen(q, k, v, packed)
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence, by whichever kernel torch finds fastest for it."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1).flatten(1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     """torch's variable-length flash kernel, by the operator itself.
 
-    ``varlen_attn`` of torch 2.11 refuses grouped heads, which the kernel and its backward know. One sequence alone goes
-    to whichever kernel torch finds fastest for it.
+    ``varlen_attn`` of torch 2.11 refuses grouped heads, which the kernel and its backward know.
     """
-    if len(packed.cu_seqlens) == 2:
-        q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return out[0].transpose(0, 1).flatten(1)
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0].flatten(1)

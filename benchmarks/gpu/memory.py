@@ -140,6 +140,7 @@ def main() -> None:
         "bound GiB": (1.10 * sum(tied.values()) + state) / GIB + 1.0,
     }
     print(figures["asleep, trainer idle"], flush=True)
+    report.write(args.out / f"{args.name}.json", figures)
     pair.engine.wake()
     figures["cycles"] = cycles(pair, base, ref, args.cycles, args.microbatch_tokens)
     print(figures["cycles"], flush=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from framework.algorithms.supervised import CrossEntropy
+from framework.batching import make_batch
 from framework.config import RunConfig
 from framework.device import Device
 from framework.engine.base import SampleRequest, generate
@@ -14,7 +18,7 @@ from framework.errors import ConfigError
 from framework.memory import full_microbatch
 from framework.pair import open_base, open_pair
 from framework.runtime import SamplingRuntime, open_sampling
-from framework.types import AdamParams, AdapterRef, Prompt, SamplingParams
+from framework.types import AdamParams, AdapterRef, Datum, Prompt, SamplingParams
 from recipes import grpo
 from tests.recipes.scenario import config
 
@@ -81,6 +85,44 @@ def on_rank(model: Path, run_dir: Path) -> dict[str, Any]:
         "same tokens": after == before,
         "steps": [row for row in rows if "time/step_s" in row],
     }
+
+
+def agreement(model: Path, run_dir: Path, graphs: bool) -> dict[str, Any]:
+    """Of an adapter that does something: the trainer's logprobs of sampled tokens, and the engine's reading of them."""
+    cfg = small(model, run_dir, enforce_eager=not graphs)
+    rt = open_sampling(cfg)
+    rt.trainer.add_adapter("probe", cfg.lora, seed=0)
+    batch = full_microbatch(rt.base.spec.vocab_size, 512, 128, multiple_of=1)
+    for _ in range(3):
+        rt.trainer.forward_backward("probe", batch, CrossEntropy())
+        rt.trainer.optim_step("probe", AdamParams(learning_rate=1e-2))
+    ref = rt.weight_sync.push("probe")
+    prompts = [tuple(range(3 + i, 20 + 2 * i)) for i in range(8)]
+    drawn = generate(rt.engine, _requests(prompts, ref, SamplingParams(max_tokens=40, ignore_eos=True)))
+    whole = [prompt + done.token_ids for prompt, done in zip(prompts, drawn, strict=True)]
+    reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
+    read = generate(rt.engine, _requests(whole, ref, reading))
+    datums = [
+        Datum(
+            token_ids=tokens,
+            loss_mask=(False,) * len(prompt) + (True,) * (len(tokens) - len(prompt)),
+            fields={"advantages": (0.0,) * len(tokens)},
+        )
+        for prompt, tokens in zip(prompts, whole, strict=True)
+    ]
+    packed = make_batch(datums, aggregation="token_mean", max_tokens=2048)
+    return {
+        "trainer": np.concatenate(rt.trainer.forward("probe", packed).logprobs),
+        "base": np.concatenate(rt.trainer.forward(None, packed).logprobs),
+        "read": np.array([x for p, c in zip(prompts, read, strict=True) for x in (c.prompt_logprobs or ())[len(p) :]]),
+    }
+
+
+def _requests(prompts: Sequence[tuple[int, ...]], ref: AdapterRef, sampling: SamplingParams) -> list[SampleRequest]:
+    return [
+        SampleRequest(request_id=str(i), prompt=Prompt(token_ids=prompt), sampling=sampling, adapter=ref)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def named_tensors(model: Any) -> list[tuple[str, Any]]:

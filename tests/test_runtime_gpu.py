@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from framework.models.tiny import make_tiny_model
 from tests.fakes import tiny_tokenizer
@@ -58,6 +60,32 @@ def test_the_recipe_sleeps_in_every_step(seen: dict[str, Any]) -> None:
     for row in seen["steps"]:
         assert 0.0 < row["time/sleep_s"] < 0.5
         assert 0.0 < row["time/wake_s"] < 0.5
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_trainer_has_the_bits_of_the_engine_that_reads_the_same_tokens(graphs: bool, tmp_path: Any) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    llama = make_tiny_model(
+        tmp_path / "model",
+        family="llama",
+        tokenizer_path=tmp_path / "tokenizer",
+        num_layers=4,
+        hidden_size=256,
+        head_dim=64,
+        ffn_size=512,
+        dtype=torch.bfloat16,
+    )
+    (rank,) = run_ranks(
+        "tests.runtime_gpu_scenario:agreement",
+        tmp_path / "out",
+        nproc=1,
+        timeout_s=300,
+        model=llama,
+        run_dir=tmp_path / "run",
+        graphs=graphs,
+    )
+    assert np.abs(rank["trainer"] - rank["read"]).max() < 1e-5
+    assert np.abs(rank["base"] - rank["read"]).mean() > 0.1, "the adapter does something"
 
 
 def test_too_little_memory_is_refused_with_a_reserve_that_would_do(model: Any, tmp_path_factory: Any) -> None:

@@ -52,6 +52,18 @@ def used(base: Base) -> float:
     return (base.device.memory_total() - base.device.memory_free()) / GIB
 
 
+def taken_apart() -> dict[str, float]:
+    """GiB of what this process holds of the device: by torch's own pool, and by vLLM's, which torch does not count."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    pools: dict[str, float] = {}
+    for data in CuMemAllocator.get_instance().pointer_to_data.values():
+        if not data.is_asleep:
+            pools[data.tag] = pools.get(data.tag, 0.0) + data.handle[1] / GIB
+    torch_s = {"allocated": torch.cuda.memory_allocated() / GIB, "reserved": torch.cuda.memory_reserved() / GIB}
+    return {**{f"torch, {k}": v for k, v in torch_s.items()}, **{f"vLLM's pool, {k}": v for k, v in pools.items()}}
+
+
 def tokens(pair: Pair, ref: AdapterRef) -> list[tuple[int, ...]]:
     """Greedy completions of eight prompts."""
     sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -119,10 +131,17 @@ def main() -> None:
     cfg = config(folder, args)
     base = open_base(cfg)
     empty = used(base)
+    torch.zeros(1, device=base.device.torch_device)
+    context = used(base)
     start = time.perf_counter()
     pair = open_pair(cfg, base)
     assert pair.plan is not None
-    figures: dict[str, Any] = {"start s": time.perf_counter() - start, "before GiB": empty, "plan": asdict(pair.plan)}
+    figures: dict[str, Any] = {
+        "start s": time.perf_counter() - start,
+        "before GiB": empty,
+        "with a context GiB": context,
+        "plan": asdict(pair.plan),
+    }
     print(pair.plan, f"started in {figures['start s']:.0f} s", flush=True)
     pair.trainer.add_adapter(POLICY, cfg.lora, seed=0)
     ref = pair.weight_sync.push(POLICY)
@@ -138,6 +157,7 @@ def main() -> None:
         "weights as named GiB": weights / GIB,
         "adapter's state GiB": state / GIB,
         "bound GiB": (1.10 * sum(tied.values()) + state) / GIB + 1.0,
+        "taken apart GiB": taken_apart(),
     }
     print(figures["asleep, trainer idle"], flush=True)
     report.write(args.out / f"{args.name}.json", figures)

@@ -79,6 +79,7 @@ class VllmEngine:
         self._base_ref: AdapterRef | None = None
         self._slot_of: dict[int, int] = {}
         self._rank_of: dict[int, LoraSpec] = {}
+        self._request_of: dict[int, Any] = {}  # one for all: vLLM compares those of a batch in every step
         self._in_flight: dict[str, SampleRequest] = {}
         # A push has no time to make a thousand views, so the plan of a slot's last adapter is kept: by slot and rank.
         self._plan_of: dict[tuple[int, int], CopyPlan] = {}
@@ -123,6 +124,7 @@ class VllmEngine:
         slots.bind(slot, ref.version, spec.rank)
         self._slot_of[ref.version] = slot
         self._rank_of[ref.version] = spec
+        self._request_of[ref.version] = internals.lora_request(ref)
 
     def _slot_table(self, ref: AdapterRef) -> internals.SlotTable:
         if self._slots is None:
@@ -174,7 +176,7 @@ class VllmEngine:
         if users:
             raise AdapterError(f"{ref} cannot be unloaded: requests {users[:4]} still sample from it")
         self._slot_table(ref).unbind(self._slot(ref))
-        del self._slot_of[ref.version], self._rank_of[ref.version]
+        del self._slot_of[ref.version], self._rank_of[ref.version], self._request_of[ref.version]
 
     def _slot(self, ref: AdapterRef) -> int:
         if ref.version not in self._slot_of:
@@ -195,10 +197,8 @@ class VllmEngine:
     def _lora_request(self, ref: AdapterRef | None) -> Any:
         if ref is None or ref == self._base_ref:
             return None
-        from vllm.lora.request import LoRARequest
-
         self._slot(ref)  # refuses a version that is not loaded
-        return LoRARequest(str(ref), ref.version, f"memory://{ref}")
+        return self._request_of[ref.version]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drops requests; those that are not in flight are ignored."""

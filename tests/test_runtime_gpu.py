@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from framework.models.tiny import make_tiny_model
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -21,10 +20,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("qwen3")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    return make_tiny_model(
-        folder / "model", family="qwen3", tokenizer_path=folder / "tokenizer", num_layers=2, head_dim=64
-    )
+    return tiny_checkpoint(folder, family="qwen3", num_layers=2, head_dim=64)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +60,9 @@ def test_the_recipe_sleeps_in_every_step(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_trainer_has_the_bits_of_the_engine_that_reads_the_same_tokens(graphs: bool, tmp_path: Any) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    llama = make_tiny_model(
-        tmp_path / "model",
+    llama = tiny_checkpoint(
+        tmp_path,
         family="llama",
-        tokenizer_path=tmp_path / "tokenizer",
         num_layers=4,
         hidden_size=256,
         head_dim=64,

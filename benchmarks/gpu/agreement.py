@@ -27,6 +27,7 @@ from benchmarks.gpu.pair import batch_of, open_pair
 from framework.algorithms.mismatch import measure_mismatch
 from framework.algorithms.supervised import CrossEntropy
 from framework.engine.base import SampleRequest, generate
+from framework.engine.vllm.attention import engine_attention
 from framework.lora.spec import LoraSpec
 from framework.runtime import POLICY, SamplingRuntime
 from framework.types import AdamParams, AdapterRef, Completion, Prompt, SamplingParams
@@ -90,14 +91,9 @@ def attribute(place: Any, name: str, value: Any) -> Iterator[None]:
         setattr(place, name, before)
 
 
-def engine_attention(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
-    """The engine's FlashAttention 3, without splits."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    lengths = {"cu_seqlens_q": packed.cu_seqlens, "cu_seqlens_k": packed.cu_seqlens}
-    longest = {"max_seqlen_q": packed.max_seqlen, "max_seqlen_k": packed.max_seqlen}
-    out = flash_attn_varlen_func(q, k, v, **lengths, **longest, causal=True, num_splits=1, fa_version=3)
-    return out.flatten(1)
+def engine_attend(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
+    """The engine's kernel, also for a sequence that has a microbatch to itself."""
+    return engine_attention(q, k, v, packed.cu_seqlens, packed.max_seqlen)[0].flatten(1)
 
 
 def engine_swiglu(gate_up: Tensor) -> Tensor:
@@ -161,7 +157,7 @@ def trainer_parts(rt: SamplingRuntime, model: Any) -> dict[str, Callable[[], Any
     trainer_module.plan = plan
     assert kernels is not None
     return {
-        "attention": lambda: attribute(layers, "attend", engine_attention),
+        "attention": lambda: attribute(layers, "attend", engine_attend),
         "swiglu": lambda: pointwise(swiglu=engine_swiglu),
         "rotation": lambda: pointwise(norm_and_rotate=engine_rotation(model)),
         "linears": lambda: attribute(lora_linear.ParallelLinear, "local_product", engine_linear),

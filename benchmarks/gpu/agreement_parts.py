@@ -108,11 +108,11 @@ def _layer(rt: SamplingRuntime, seen: dict[str, list[Tensor]], index: int, count
     if "self_attn.rotary_emb" in get:
         figures["rotation of q"] = same(q.flatten(1), get["self_attn.rotary_emb"][0])
         figures["rotation of k"] = same(k.flatten(1), get["self_attn.rotary_emb"][1])
-    from benchmarks.gpu.agreement import engine_attention
+    from benchmarks.gpu.agreement import engine_attend
 
     attention = get["self_attn.attn"][0].reshape(count, -1)
     figures["attention"] = same(attend(q, k, v, packed), attention)
-    figures["attention by the engine's kernel"] = same(engine_attention(q, k, v, packed), attention)
+    figures["attention by the engine's kernel"] = same(engine_attend(q, k, v, packed), attention)
     figures["o_proj"] = same(layer.self_attn.o_proj(attention), get["self_attn.o_proj"][0])
     after, residual = get["post_attention_layernorm"]
     figures["norm after attention"] = same(layer.post_attention_layernorm(residual), after)

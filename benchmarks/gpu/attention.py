@@ -50,29 +50,18 @@ def dense(backend: SDPBackend) -> Callable[..., Tensor]:
     return run
 
 
-def engine_kernel(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """The engine's FlashAttention 3, forward only."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        q, k, v, max_seqlen_q=longest, cu_seqlens_q=offsets, max_seqlen_k=longest, cu_seqlens_k=offsets,
-        causal=True, fa_version=3,
-    )  # fmt: skip
-
-
-def trainers(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """What the trainer runs: the engine's forward pass with torch's backward kernels."""
+def engine_and_torch(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """The engine's forward pass with torch's backward kernel, as the trainer runs several sequences."""
     kernel = open_attention(open_device("cuda", local_rank=0))
     return FlashAttention.apply(q, k, v, SimpleNamespace(kernel=kernel, cu_seqlens=offsets, max_seqlen=longest))
 
 
 KERNELS = {
-    "the trainer's: engine's forward": trainers,
     "flash varlen, grouped": flash,
     "flash varlen, repeated": flash_repeated,
     "cudnn dense": dense(SDPBackend.CUDNN_ATTENTION),
     "flash dense": dense(SDPBackend.FLASH_ATTENTION),
-    "engine's FA3": engine_kernel,
+    "engine's forward, flash varlen backward": engine_and_torch,
 }
 
 

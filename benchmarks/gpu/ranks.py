@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--name", default="ranks")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     args = parser.parse_args()
+    if args.prompts > len(texts()):
+        parser.error(f"--prompts {args.prompts}: there are {len(texts())}")
     args.out.mkdir(parents=True, exist_ok=True)
     job = {key: value for key, value in vars(args).items() if key not in ("out", "sides", "name")}
     job["scratch"] = str(args.out.resolve() / "runs")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.models.tiny import make_tiny_model
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 from tests.ranks import free_port, run_bounded
 
 TIMEOUT_S = 180.0
@@ -19,8 +18,7 @@ TIMEOUT_S = 180.0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    return make_tiny_model(folder / "model", family="llama", tokenizer_path=folder / "tokenizer")
+    return tiny_checkpoint(folder, family="llama")
 
 
 def launch(tmp_path: Path, *overrides: str, nproc: int = 1, recipe: str = "grpo", shell: str = "") -> tuple[int, str]:
@@ -69,11 +67,9 @@ def test_a_damaged_checkpoint_is_found_before_anything_starts(tmp_path: Path, mo
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    odd = make_tiny_model(
-        tmp_path / "odd",
+    odd = tiny_checkpoint(
+        tmp_path,
         family="llama",
-        tokenizer_path=tmp_path / "tokenizer",
         num_heads=3,
         num_kv_heads=1,
         hidden_size=96,

@@ -12,16 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from framework.errors import StorageError
 from framework.models.export import save_model
 from framework.models.spec import read_spec
-from framework.models.tiny import make_tiny_model
 from framework.models.weights import load_shard
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    return make_tiny_model(folder / "model", family="qwen3", tokenizer_path=folder / "tokenizer")
+    return tiny_checkpoint(folder, family="qwen3")
 
 
 def trained(base: Path) -> dict[str, torch.Tensor]:

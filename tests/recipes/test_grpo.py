@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from framework.models.tiny import make_tiny_model
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 from tests.ranks import run_bounded, run_ranks
 from tests.recipes.stock_vllm import TOKENS
 
@@ -26,8 +25,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """One launch per case; ``ranks`` is what each rank returned."""
     family, ranks = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{ranks}")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    model = make_tiny_model(folder / "model", family=family, tokenizer_path=folder / "tokenizer", num_layers=2)
+    model = tiny_checkpoint(folder, family=family, num_layers=2)
     seen = run_ranks(
         "tests.recipes.scenario:on_ranks",
         folder / "out",

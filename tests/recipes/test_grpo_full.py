@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framework.models.tiny import make_tiny_model
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.recipes.resume_scenario import steps_of
 
@@ -24,16 +23,14 @@ TOLERANCE = {"vllm": 0.01, "trainer": 1e-5}
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One launch; ``folder`` is where its runs are."""
     folder: Path = tmp_path_factory.mktemp("full")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
     rows = [
         {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n * n)}]}
         for n in range(40)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = make_tiny_model(
-        folder / "model",
+    model = tiny_checkpoint(
+        folder,
         family="qwen3",
-        tokenizer_path=folder / "tokenizer",
         hidden_size=256,
         head_dim=64,
         ffn_size=512,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.models.tiny import make_tiny_model
-from tests.fakes import tiny_tokenizer
+from tests.fakes import tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.recipes.sft_scenario import peft_losses, sft_config
 
@@ -16,8 +15,7 @@ from tests.recipes.sft_scenario import peft_losses, sft_config
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("sft")
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    model = make_tiny_model(folder / "model", family="qwen2", tokenizer_path=folder / "tokenizer")
+    model = tiny_checkpoint(folder, family="qwen2")
     rows: Path = folder / "rows.jsonl"
     conversations = [
         [("user", f"say {n} " + "please " * (n % 7)), ("assistant", f"{n * n} " * (1 + n % 4))] for n in range(60)

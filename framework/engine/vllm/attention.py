@@ -49,7 +49,7 @@ def engine_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def open_attention(device: Device) -> Any:
-    """The operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where vLLM has no such kernel."""
+    """The operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None on devices without such kernels."""
     if not device.varlen_attention:
         return None
     if not hasattr(torch.ops.tandem, _NAME):

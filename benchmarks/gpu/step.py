@@ -33,7 +33,7 @@ JOB = {
     "rank": 32,
     "learning_rate": 1e-5,
     "microbatch": 16,
-    "microbatch_tokens": 16384,
+    "microbatch_tokens": 25088,
 }
 
 

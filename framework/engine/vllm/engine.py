@@ -16,6 +16,7 @@ from framework.engine.base import EngineProfile, SampleRequest, StepOutput, chec
 from framework.engine.vllm import internals
 from framework.engine.vllm.copies import CopyPlan, plan_copies
 from framework.engine.vllm.decode_blocks import answer_inside_blocks
+from framework.engine.vllm.decode_records import keep_records_short
 from framework.errors import AdapterError, ConfigError, DeliveryError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
@@ -70,6 +71,7 @@ class VllmEngine:
         with internals.keep_random_state(), sized:
             self._llm = _start(model_path, options, mesh, device, dtype)
         answer_inside_blocks(self._llm)
+        keep_records_short(self._llm)
         self._asleep = False
         self._device = device
         self._watchdog = mesh.watchdog

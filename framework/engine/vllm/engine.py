@@ -17,6 +17,7 @@ from framework.engine.vllm import internals
 from framework.engine.vllm.copies import CopyPlan, plan_copies
 from framework.engine.vllm.decode_blocks import answer_inside_blocks
 from framework.engine.vllm.decode_records import keep_records_short
+from framework.engine.vllm.decode_schedule import schedule_in_one_pass
 from framework.errors import AdapterError, ConfigError, DeliveryError
 from framework.lora.spec import LoraSpec
 from framework.trainer.base import LoraShard
@@ -71,6 +72,7 @@ class VllmEngine:
         with internals.keep_random_state(), sized:
             self._llm = _start(model_path, options, mesh, device, dtype)
         answer_inside_blocks(self._llm)
+        schedule_in_one_pass(self._llm)
         keep_records_short(self._llm)
         self._asleep = False
         self._device = device

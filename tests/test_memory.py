@@ -205,12 +205,12 @@ def measured(total: int) -> tuple[Footprint, FakeTrainer]:
 def test_a_step_is_measured_without_what_stays_for_good() -> None:
     footprint, trainer = measured(10_000)
     assert footprint == Footprint(adapter_bytes=1000, step_bytes=2560, num_tokens=256)
-    assert trainer.tokens == [256, 256]
+    assert trainer.tokens == [64, 64, 256, 256], "the workspace is taken by a small step"
     assert footprint.step_of(512) == 5120
 
 
 def test_what_does_not_fit_is_halved_and_the_whole_reckoned_from_it() -> None:
     footprint, trainer = measured(3_000)
     assert footprint == Footprint(adapter_bytes=1000, step_bytes=1280, num_tokens=128)
-    assert trainer.tokens == [128, 128]
+    assert trainer.tokens == [64, 64, 128, 128]
     assert footprint.step_of(256) == 2560

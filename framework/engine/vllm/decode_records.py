@@ -11,7 +11,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-ELSEWHERE = ("connector", "ec_connector", "aux_output_connector", "return_sampling_mask", "enable_return_routed_experts")
+ELSEWHERE = (
+    "connector",
+    "ec_connector",
+    "aux_output_connector",
+    "return_sampling_mask",
+    "enable_return_routed_experts",
+)
 """Parts of a scheduler that want to see every token; one that has any is left as it is."""
 
 
@@ -22,7 +28,11 @@ def keep_records_short(llm_engine: Any) -> None:
     core = llm_engine.engine_core.engine_core
     scheduler, runner = core.scheduler, internals.model_runner(llm_engine)
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    if not any(getattr(scheduler, part, None) for part in ELSEWHERE) and not core.use_spec_decode and len(managers) == 1:
+    if (
+        not any(getattr(scheduler, part, None) for part in ELSEWHERE)
+        and not core.use_spec_decode
+        and len(managers) == 1
+    ):
         states = llm_engine.output_processor.request_states
         scheduler.update_from_output = recorded_in_place(scheduler, states, asynchronous=core.async_scheduling)
     adapters = getattr(runner, "lora_state", None)
@@ -53,7 +63,7 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
         row_of, tokens_of, others = output.req_id_to_index, output.sampled_token_ids, {}
         for req_id, num_tokens in scheduled.num_scheduled_tokens.items():
             request, state, row = requests.get(req_id), states.get(req_id), row_of.get(req_id)
-            tokens = () if row is None else tokens_of[row]
+            tokens: list[int] = [] if row is None else tokens_of[row]
             if num_tokens != 1 or len(tokens) != 1 or request is None or state is None or state.is_prefilling:
                 others[req_id] = num_tokens
                 continue

@@ -165,12 +165,16 @@ def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -
         **named: Any,
     ) -> None:
         width, parts = input_size_per_partition, output_partition_sizes
-        original(method, layer, width, parts, *others, **named)
         rows, more = sum(parts), len(parts) * slots * rank
-        if layer.prefix.rpartition(".")[2] in parents and not layer.has_bias and more * MAX_SHARE <= rows:
-            extended = layer.weight.data.new_zeros(rows + more, width)
-            setattr(layer, EXTENDED, extended)
-            layer.weight.data = extended[:rows]
+        if layer.prefix.rpartition(".")[2] not in parents or layer.has_bias or more * MAX_SHARE > rows:
+            original(method, layer, width, parts, *others, **named)
+            return
+        # One allocation: a second one, of which the first is then freed, leaves the pool of the weights full of holes.
+        original(method, layer, width, [*parts, more], *others, **named)
+        extended = layer.weight.data
+        extended[rows:].zero_()
+        setattr(layer, EXTENDED, extended)
+        layer.weight.data = extended[:rows]
 
     create_weights.replaces = original  # type: ignore[attr-defined]
     return create_weights

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,11 @@ BLOCK = 16
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vllm import EngineArgs
 
     model = tiny_checkpoint(tmp_path_factory.mktemp("model"), family="llama")
-    yield EngineArgs(
+    return EngineArgs(
         model=str(model), max_model_len=128, max_num_seqs=6, max_num_batched_tokens=256, block_size=BLOCK
     ).create_engine_config()
 
@@ -67,9 +65,7 @@ class Side:
             if in_flight == 2:
                 one_pass(self.scheduler)
             states = self.front.request_states
-            self.scheduler.update_from_output = recorded_in_place(
-                self.scheduler, states, asynchronous=in_flight == 2
-            )
+            self.scheduler.update_from_output = recorded_in_place(self.scheduler, states, asynchronous=in_flight == 2)
 
     def add(self, name: str, prompt: list[int], **wanted: Any) -> None:
         from vllm import SamplingParams
@@ -112,7 +108,9 @@ class Side:
         names = list(scheduled.num_scheduled_tokens)
         requests = [self.scheduler.requests[name] for name in names]
         columns = 1 + max((r.sampling_params.logprobs or 0 for r in requests), default=0)
-        tokens = [[] if r.is_prefill_chunk else [(7 * r.num_computed_tokens + len(r.request_id)) % 50] for r in requests]
+        tokens = [
+            [] if r.is_prefill_chunk else [(7 * r.num_computed_tokens + len(r.request_id)) % 50] for r in requests
+        ]
         ids = np.array([[(t or [0])[0] + c for c in range(columns)] for t in tokens], dtype=np.int32)
         return ModelRunnerOutput(
             req_ids=names, req_id_to_index={name: row for row, name in enumerate(names)}, sampled_token_ids=tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from framework.data.chat import Chat, Message
@@ -30,7 +30,7 @@ class ReasoningGymProblems:
         name: its name.
         indices: which of its rows.
         split: for the problem's id.
-        system: the system message, or None.
+        opening: what every prompt begins with, before the question.
         tag: the completion's answer is what stands between ``<tag>`` and ``</tag>`` last; None takes all of it.
     """
 
@@ -42,7 +42,7 @@ class ReasoningGymProblems:
         name: str,
         indices: range | list[int],
         split: str,
-        system: str | None,
+        opening: Sequence[Message],
         tag: str | None,
     ) -> None:
         self._chat = chat
@@ -50,7 +50,7 @@ class ReasoningGymProblems:
         self._name = name
         self._indices = indices
         self._split = split
-        self._system = system
+        self._opening = opening
         self._tag = tag
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class ReasoningGymProblems:
 
     def make(self, index: int) -> ReasoningGymEnvironment:
         return ReasoningGymEnvironment(
-            self._chat, self._dataset, self.entry(index), name=self._name, system=self._system, tag=self._tag
+            self._chat, self._dataset, self.entry(index), name=self._name, opening=self._opening, tag=self._tag
         )
 
 
@@ -83,22 +83,21 @@ class ReasoningGymEnvironment:
         entry: Mapping[str, Any],
         *,
         name: str,
-        system: str | None,
+        opening: Sequence[Message],
         tag: str | None,
     ) -> None:
         self._chat = chat
         self._dataset = dataset
         self._entry = entry
         self._name = name
-        self._system = system
+        self._opening = opening
         self._tag = tag
 
     def __repr__(self) -> str:
         return f"ReasoningGymEnvironment({self._name})"
 
     def observe(self) -> Prompt:
-        system: list[Message] = [{"role": "system", "content": self._system}] if self._system is not None else []
-        return self._chat.prompt([*system, {"role": "user", "content": self._entry["question"]}])
+        return self._chat.prompt([*self._opening, {"role": "user", "content": self._entry["question"]}])
 
     def step(self, completion: Completion) -> StepResult:
         from reasoning_gym.utils import extract_answer
@@ -121,6 +120,7 @@ def reasoning_gym(
     heldout_size: int = 256,
     system: str | None = TAGGED,
     tag: str | None = "answer",
+    examples: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> ReasoningGymProblems:
     """The builder of the catalog.
@@ -134,15 +134,21 @@ def reasoning_gym(
         heldout_size: problems held out; fewer where the data set has no more that training does not have.
         system: the system message; null for none.
         tag: null takes the whole completion as the answer; set ``system`` to fit.
+        examples: solved problems that every prompt shows first, neither trained on nor held out. A small model that
+            never answers in the asked form has nothing to learn from.
         config: the data set's own settings, e.g. ``{min_terms: 2, max_terms: 3}``.
 
     Raises:
         ConfigError: no such data set, or settings that it refuses.
     """
-    train = _create(dataset, seed=seed, size=size, config=config or {})
+    train = _create(dataset, seed=seed, size=size + examples, config=config or {})
+    told: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    opening = [*told, *_solved(train, range(size, size + examples), dataset, tag)]
     if split == "train":
-        return ReasoningGymProblems(chat, train, name=dataset, indices=range(size), split=split, system=system, tag=tag)
-    known = {train[index]["question"] for index in range(size)}
+        return ReasoningGymProblems(
+            chat, train, name=dataset, indices=range(size), split=split, opening=opening, tag=tag
+        )
+    known = {train[index]["question"] for index in range(size + examples)}
     # Twice as many as asked for: of small data sets most questions are known already.
     heldout = _create(dataset, seed=seed + HELDOUT_SEED_OFFSET, size=2 * heldout_size, config=config or {})
     fresh = {heldout[index]["question"]: index for index in reversed(range(2 * heldout_size))}
@@ -152,7 +158,19 @@ def reasoning_gym(
             f"environment.args: reasoning-gym's {dataset} has no problem that the {size} to train on do not have; "
             "lower size, or make its config harder"
         )
-    return ReasoningGymProblems(chat, heldout, name=dataset, indices=indices, split=split, system=system, tag=tag)
+    return ReasoningGymProblems(chat, heldout, name=dataset, indices=indices, split=split, opening=opening, tag=tag)
+
+
+def _solved(dataset: Any, indices: range, name: str, tag: str | None) -> list[Message]:
+    turns: list[Message] = []
+    for index in indices:
+        entry = dataset[index]
+        if entry["answer"] is None:
+            raise ConfigError(f"environment.args.examples: {name} of reasoning-gym names no answer; use examples=0")
+        answer = str(entry["answer"])
+        turns.append({"role": "user", "content": entry["question"]})
+        turns.append({"role": "assistant", "content": answer if tag is None else f"<{tag}>{answer}</{tag}>"})
+    return turns
 
 
 def _create(name: str, *, seed: int, size: int, config: Mapping[str, Any]) -> Any:

@@ -48,6 +48,29 @@ def test_settings_reach_the_data_set() -> None:
     assert all(len(problems.entry(index)["metadata"]["expression"].split()) == 3 for index in range(20))
 
 
+@pytest.mark.parametrize(("tag", "said"), [(None, "{}"), ("answer", "<answer>{}</answer>")])
+def test_examples_are_shown_solved_and_neither_trained_on_nor_held_out(tag: str | None, said: str) -> None:
+    wanted: dict[str, Any] = {"dataset": "chain_sum", "size": 30, "heldout_size": 30, "tag": tag}
+    plain, train, heldout = build(**wanted), build(**wanted, examples=2), build("heldout", **wanted, examples=2)
+    shown = build(**{**wanted, "size": 32})
+    for problems in (train, heldout):
+        text = CHAT.decode(problems.make(3).observe().token_ids)
+        for index in (30, 31):
+            question, answer = shown.entry(index)["question"], said.format(shown.entry(index)["answer"])
+            assert (
+                text.index(question)
+                < text.index(answer, text.index(question))
+                < text.index(problems.entry(3)["question"])
+            )
+            assert question not in {problems.entry(i)["question"] for i in range(len(problems))}
+    assert [train.entry(i)["question"] for i in range(30)] == [plain.entry(i)["question"] for i in range(30)]
+
+
+def test_examples_of_a_data_set_without_answers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="propositional_logic of reasoning-gym names no answer; use examples=0"):
+        build(dataset="propositional_logic", size=5, examples=1)
+
+
 @pytest.mark.parametrize("name", ["countdown", "leg_counting", "spell_backward", "number_sorting", "basic_arithmetic"])
 def test_any_data_set_is_deterministic_and_its_own_answer_is_right(name: str) -> None:
     first, second = build(dataset=name, size=5, seed=3), build(dataset=name, size=5, seed=3)

@@ -74,7 +74,6 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
             if len(known) + 1 >= ends.at_tokens or token in ends.at or request.num_preemptions:
                 others[req_id] = num_tokens
                 continue
-
             known.append(token)
             request._output_token_ids.append(token)
             if len(known) % hashed == 0:
@@ -89,9 +88,8 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
             state.detokenizer.token_ids.append(token)
             kept, logprob = ends.logprobs, logprobs[row]
             ends.processor.cumulative_logprob += logprob
-            start = len(kept.logprobs)
-            kept.start_indices.append(start)
-            kept.end_indices.append(start + 1)
+            kept.start_indices.append(len(kept.logprobs))
+            kept.end_indices.append(len(kept.logprobs) + 1)
             kept.token_ids.append(token)
             kept.logprobs.append(logprob)
             kept.ranks.append(ranks[row])

@@ -1,27 +1,27 @@
-"""Steps scheduled and recorded in one pass are vLLM's own steps: same schedule, same state, same results."""
+"""vLLM's scheduler and front end without a model, to compare steps with and without what replaces parts of them."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-from framework.engine.vllm.decode_records import in_use, recorded_in_place
+from framework.engine.vllm.decode_records import recorded_in_place
 from framework.engine.vllm.decode_schedule import one_pass
 from tests.fakes import tiny_checkpoint
 
 BLOCK = 16
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def engine_config(folder: Path) -> Any:
+    """Of a tiny model and six requests at once."""
     from vllm import EngineArgs
 
-    model = tiny_checkpoint(tmp_path_factory.mktemp("model"), family="llama")
+    model = tiny_checkpoint(folder, family="llama")
     return EngineArgs(
         model=str(model), max_model_len=128, max_num_seqs=6, max_num_batched_tokens=256, block_size=BLOCK
     ).create_engine_config()
@@ -154,48 +154,3 @@ def arrivals(side: Side, number: int) -> None:
         side.add(f"{'r' * (1 + number % 5)}{number}", prompt, **kinds[(number // 3) % len(kinds)])
     if number == 31:
         side.abort("r30")
-
-
-@pytest.mark.parametrize("in_flight", [1, 2])
-@pytest.mark.parametrize("blocks", [60, 20])
-def test_every_step_is_vllms(config: Any, blocks: int, in_flight: int) -> None:
-    """With blocks for all, and with so few that requests are preempted and start again."""
-    plain, fast = (Side(config, blocks=blocks, in_flight=in_flight, fast=fast) for fast in (False, True))
-    results = preempted = 0
-    for number in range(400):
-        for side in (plain, fast):
-            arrivals(side, number)
-        expected = plain.step()
-        assert fast.step() == expected, number
-        results += len(expected[1] or ())
-        preempted += expected[0]["preempted_req_ids"] != "set()"
-    assert not plain.scheduler.requests
-    assert bool(preempted) == (blocks < 60)
-    assert results > 60
-    assert sum(fast.others) < 0.5 * sum(plain.others), "hardly a request was recorded here"
-
-
-def test_most_steps_are_scheduled_in_one_pass(config: Any) -> None:
-    side = Side(config, blocks=60, in_flight=2, fast=False)
-    asked: list[int] = []
-    original = side.scheduler.schedule
-
-    def counted(*args: Any) -> Any:
-        asked.append(len(side.scheduler.running))
-        return original(*args)
-
-    side.scheduler.schedule = counted
-    one_pass(side.scheduler)
-    for name in "abc":
-        side.add(name, [1, 2, 3], max_tokens=50)
-    for _ in range(60):
-        side.step()
-    assert not side.scheduler.requests
-    assert sum(n > 0 for n in asked) <= 4
-
-
-def test_adapters_in_use_are_a_set_without_none() -> None:
-    first, second = object(), object()
-    request_of = {"a": first, "b": second, "c": first}
-    assert in_use(request_of, ["a", "b", "c", "base"]) == {first, second}
-    assert in_use(request_of, ["base"]) == set()

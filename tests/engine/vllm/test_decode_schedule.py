@@ -1,4 +1,4 @@
-"""Steps in which requests only go on are scheduled in one pass; that they are vLLM's own says test_decode_records.py."""
+"""Steps in which requests only go on are scheduled in one pass; test_decode_records.py compares them with vLLM's."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
             not output.sampled_token_ids
             or columns is None
             or columns.cu_num_generated_tokens is not None
-            or output.num_nans_in_logits is not None
+            or output.num_nans_in_logits
         ):
             return original(scheduled, output)
         logprobs, ranks = columns.logprobs[:, 0].tolist(), columns.sampled_token_ranks.tolist()

@@ -117,7 +117,7 @@ class Side:
             logprobs=LogprobsLists(ids, -ids.astype(np.float32) / 7, np.arange(len(names), dtype=np.int64))
             if names
             else None,
-            prompt_logprobs_dict={}, pooler_output=[],
+            prompt_logprobs_dict={}, num_nans_in_logits=None if self.in_flight == 2 else {}, pooler_output=[],
         )  # fmt: skip
 
     def state(self) -> Any:

@@ -6,8 +6,10 @@ module runs many checks in one launch and asserts on the numbers that come back.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,10 +32,14 @@ class RanksFailed(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nobody listens on, below those the system gives to outgoing connections.
+
+    A service binds it seconds later; until then a rank's connections must not be given it.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return int(probe.getsockname()[1])
 
 
 def clean_environment() -> dict[str, str]:

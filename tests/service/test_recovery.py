@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from framework.client import Client
 from framework.service.settings import ServiceConfig
+from tests.ranks import free_port
 from tests.service.server import start
 from tests.service.toy_pair import toy_backend
 
@@ -38,9 +38,7 @@ class Process:
     client: Client = field(init=False)
 
     def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.client = Client(self.url, retry_s=60.0)
 
     @property

@@ -1,9 +1,9 @@
 """One GRPO step beside TRL's colocated mode, on the same machine in the same run, one process after the other.
 
 16 prompts x 8 completions x 512 tokens, Qwen3-0.6B shapes with random weights, LoRA r=32 on all linears, bf16, no KL
-term. This side is recipes/grpo.py itself with its defaults. TRL's is GRPOTrainer with ``vllm_mode="colocate"``, without
-gradient checkpointing, and without vLLM's importance-sampling correction (it is TRL's default and costs one more
-forward, which this side does not make); a few steps at the end are made with it.
+term. This side is recipes/grpo.py itself with its defaults but for the microbatch (``JOB``). TRL's is GRPOTrainer with
+``vllm_mode="colocate"``, without gradient checkpointing, and without vLLM's importance-sampling correction (it is TRL's
+default and costs one more forward, which this side does not make); a few steps at the end are made with it.
 
     python -m benchmarks.gpu.step --out out/ [--trl folder-with-trl]
 """

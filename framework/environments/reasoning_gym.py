@@ -139,8 +139,10 @@ def reasoning_gym(
         config: the data set's own settings, e.g. ``{min_terms: 2, max_terms: 3}``.
 
     Raises:
-        ConfigError: no such data set, or settings that it refuses.
+        ConfigError: no such data set, settings that it refuses, or no answers to show.
     """
+    if examples < 0:
+        raise ConfigError(f"environment.args.examples={examples}: must be 0 or more")
     train = _create(dataset, seed=seed, size=size + examples, config=config or {})
     told: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     opening = [*told, *_solved(train, range(size, size + examples), dataset, tag)]

@@ -69,6 +69,7 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
                 continue
             ends = vars(request).get("ends")
             if ends is None:
+                # Kept on vLLM's request itself, so that it goes with it.
                 ends = request.ends = Ends(request, state, scheduler.max_model_len)
             (token,), known = tokens, request._all_token_ids
             if len(known) + 1 >= ends.at_tokens or token in ends.at or request.num_preemptions:
@@ -84,7 +85,6 @@ def recorded_in_place(scheduler: Any, states: dict[str, Any], *, asynchronous: b
                 computed = request.num_computed_tokens - request.num_output_placeholders
                 if computed % block == 0:
                     manager.cache_blocks(request, computed)
-
             state.detokenizer.token_ids.append(token)
             kept, logprob = ends.logprobs, logprobs[row]
             ends.processor.cumulative_logprob += logprob

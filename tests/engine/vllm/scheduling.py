@@ -153,4 +153,4 @@ def arrivals(side: Side, number: int) -> None:
         ]
         side.add(f"{'r' * (1 + number % 5)}{number}", prompt, **kinds[(number // 3) % len(kinds)])
     if number == 31:
-        side.abort("r30")
+        side.abort(side.scheduler.running[0].request_id)

@@ -141,8 +141,8 @@ def reasoning_gym(
     Raises:
         ConfigError: no such data set, settings that it refuses, or no answers to show.
     """
-    if examples < 0:
-        raise ConfigError(f"environment.args.examples={examples}: must be 0 or more")
+    if not isinstance(examples, int) or examples < 0:
+        raise ConfigError(f"environment.args.examples={examples}: must be a number of problems, 0 or more")
     train = _create(dataset, seed=seed, size=size + examples, config=config or {})
     told: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     opening = [*told, *_solved(train, range(size, size + examples), dataset, tag)]

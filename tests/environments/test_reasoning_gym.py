@@ -67,8 +67,9 @@ def test_examples_are_shown_solved_and_neither_trained_on_nor_held_out(tag: str 
 
 
 def test_examples_that_cannot_be_shown_are_refused() -> None:
-    with pytest.raises(ConfigError, match="examples=-1: must be 0 or more"):
-        build(dataset="chain_sum", size=5, examples=-1)
+    for wrong in (-1, "two"):
+        with pytest.raises(ConfigError, match=f"examples={wrong}: must be a number of problems, 0 or more"):
+            build(dataset="chain_sum", size=5, examples=wrong)
     with pytest.raises(ConfigError, match="propositional_logic of reasoning-gym names no answer; use examples=0"):
         build(dataset="propositional_logic", size=5, examples=1)
 

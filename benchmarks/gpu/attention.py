@@ -22,7 +22,8 @@ from triton.testing import do_bench
 from benchmarks.gpu import report
 from framework.device import open_device
 from framework.engine.vllm.attention import open_attention
-from framework.trainer.megatron.flash import FlashAttention
+from framework.trainer.megatron import cudnn_backward
+from framework.trainer.megatron import flash as torch_flash
 
 DIM = 128
 
@@ -50,10 +51,15 @@ def dense(backend: SDPBackend) -> Callable[..., Tensor]:
     return run
 
 
-def engine_and_torch(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """The engine's forward pass with torch's backward kernel, as the trainer runs several sequences."""
-    kernel = open_attention(open_device("cuda", local_rank=0))
-    return FlashAttention.apply(q, k, v, SimpleNamespace(kernel=kernel, cu_seqlens=offsets, max_seqlen=longest))
+def engine_and(backward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The engine's forward pass with another's backward kernel, as the trainer runs several sequences."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        kernel = open_attention(open_device("cuda", local_rank=0))
+        packed = SimpleNamespace(kernel=kernel, backward=backward, cu_seqlens=offsets, max_seqlen=longest)
+        return torch_flash.FlashAttention.apply(q, k, v, packed)
+
+    return run
 
 
 KERNELS = {
@@ -61,8 +67,10 @@ KERNELS = {
     "flash varlen, repeated": flash_repeated,
     "cudnn dense": dense(SDPBackend.CUDNN_ATTENTION),
     "flash dense": dense(SDPBackend.FLASH_ATTENTION),
-    "engine's forward, flash varlen backward": engine_and_torch,
+    "engine's forward, flash varlen backward": engine_and(torch_flash.attention_backward),
 }
+if cudnn_backward.is_installed():
+    KERNELS["engine's forward, Transformer Engine's backward"] = engine_and(cudnn_backward.attention_backward)
 
 
 def measure(name: str, heads: int, kv_heads: int, sequences: int, length: int) -> dict[str, Any]:

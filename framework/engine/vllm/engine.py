@@ -272,7 +272,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         enable_sleep_mode=device.shares_weights,
         disable_log_stats=True,
         hf_overrides=_head_dtype(device, dtype),
-        **_shared_kernels(device, dtype),
+        **_compiled_kernels(device, dtype),
         seed=0,
     )
     return LLMEngine.from_engine_args(args)
@@ -283,13 +283,21 @@ def _head_dtype(device: Device, dtype: torch.dtype) -> dict[str, str]:
     return {"head_dtype": "float32"} if device.compiles_kernels and dtype is not torch.float32 else {}
 
 
-def _shared_kernels(device: Device, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes the engine's functions between the products the trainer's, bit for bit."""
-    if not device.compiles_kernels or dtype is torch.float32:
-        return {}
-    from framework.engine.vllm import norms  # needs a kernel compiler
+def _compiled_kernels(device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """Graphs of whole decode steps, and functions between the products that are the trainer's, bit for bit.
 
-    return norms.arguments()
+    vLLM's default captures beside each of these one graph per layer and size for steps with prompts in them, which
+    take most of the graphs' memory, also in sleep, and most of the time of capturing.
+    """
+    if not device.compiles_kernels:
+        return {}
+    shared: dict[str, Any] = {}
+    if dtype is not torch.float32:
+        from framework.engine.vllm import norms  # needs a kernel compiler
+
+        shared = norms.arguments()
+    graphs = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    return {**shared, "compilation_config": {**shared.get("compilation_config", {}), **graphs}}
 
 
 def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:

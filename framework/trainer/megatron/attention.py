@@ -1,7 +1,8 @@
 """Causal attention over packed sequences, and the per-microbatch facts that every layer needs.
 
 Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each. On a GPU
-by the engine's kernel, so that the trainer's forward pass has the engine's bits; one sequence alone by cuDNN, whose
+by the engine's kernel, so that the trainer's forward pass has the engine's bits, with cuDNN's backward kernel where
+Transformer Engine brings it, else torch's; without it one sequence alone goes through torch's cuDNN both ways, whose
 backward pass is 1.6 times as fast. Elsewhere by dense products over buckets of sequences of similar length.
 """
 
@@ -16,9 +17,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framework.models.spec import ModelSpec, RopeScaling
-from framework.trainer.megatron import pointwise
+from framework.trainer.megatron import cudnn_backward, flash, pointwise
 from framework.trainer.megatron.bucket_attention import Bucket, BucketAttention, make_buckets
-from framework.trainer.megatron.flash import FlashAttention
 
 ATTENTION_OPERATORS = (
     torch.ops.aten._flash_attention_forward.default,
@@ -43,6 +43,8 @@ class PackedPlan:
     """Empty where a variable-length kernel is used."""
     kernel: Any
     """The engine's operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where torch's or none is used."""
+    backward: Any
+    """What goes with that kernel: :func:`flash.attention_backward` or :func:`cudnn_backward.attention_backward`."""
 
     @property
     def operators(self) -> tuple[Any, ...]:
@@ -101,7 +103,13 @@ def plan(
         max_seqlen=max_seqlen,
         buckets=() if varlen else make_buckets(cu_seqlens.tolist(), device),
         kernel=kernel,
+        backward=_backward(head_dim=2 * len(frequencies)),
     )
+
+
+def _backward(head_dim: int) -> Any:
+    by_cudnn = head_dim <= cudnn_backward.LARGEST_HEAD and cudnn_backward.is_installed()
+    return cudnn_backward.attention_backward if by_cudnn else flash.attention_backward
 
 
 def rotate(x: Tensor, packed: PackedPlan) -> Tensor:
@@ -123,10 +131,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     """
     if packed.buckets:
         return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
-    if len(packed.cu_seqlens) == 2:
+    shared = packed.kernel is not None
+    if len(packed.cu_seqlens) == 2 and not (shared and packed.backward is cudnn_backward.attention_backward):
         return _attend_alone(q, k, v)
-    if packed.kernel is not None:
-        return FlashAttention.apply(q, k, v, packed).flatten(1)
+    if shared:
+        return flash.FlashAttention.apply(q, k, v, packed).flatten(1)
     return _attend_varlen(q, k, v, packed)
 
 

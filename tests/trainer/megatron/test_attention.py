@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from framework.models.spec import read_spec
+from framework.trainer.megatron import cudnn_backward, flash
 from framework.trainer.megatron.attention import PackedPlan, attend, inverse_frequencies, plan, rotate
 
 LENGTHS = (1, 7, 2, 16, 9, 1, 3)
@@ -86,3 +87,13 @@ def test_rotation_equals_transformers(tiny: dict[str, Path]) -> None:
     packed = make_plan((300,), inverse_frequencies(spec))
     for ours, theirs in zip((rotate(q, packed), rotate(k, packed)), want, strict=True):
         torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("installed", "dim", "by"), [(True, 128, cudnn_backward), (True, 256, flash), (False, 128, flash)]
+)
+def test_the_backward_kernel_is_cudnns_where_transformer_engine_is_installed_and_has_one(
+    installed: bool, dim: int, by: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cudnn_backward, "is_installed", lambda: installed)
+    assert make_plan((3, 2), torch.ones(dim // 2)).backward is by.attention_backward  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from framework.device import open_device
 from framework.engine.vllm.attention import open_attention
+from framework.trainer.megatron import cudnn_backward, flash
 from framework.trainer.megatron.attention import attend, plan
 from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise, VocabGradient
 
@@ -152,3 +153,22 @@ def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: in
         want = results(lambda *x, run=run: run(*x, which=1), [x.double() for x in order])
         for ours, theirs in zip(got, want, strict=True):
             assert error(ours, theirs) <= 1e-2
+
+
+@pytest.mark.skipif(not cudnn_backward.is_installed(), reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("lengths", [(300,), (1, 7, 128, 129, 64, 1), (64, 64), (1024,) * 4], ids=str)
+@pytest.mark.parametrize(("query", "kv", "dim"), [(4, 4, 64), (9, 3, 64), (16, 8, 128), (32, 8, 128)])
+def test_both_backward_kernels_take_what_the_engine_leaves(
+    lengths: tuple[int, ...], query: int, kv: int, dim: int
+) -> None:
+    kernel = open_attention(open_device("auto", local_rank=0))
+    total = sum(lengths)
+    q, grad = (draw(total, query, dim, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (draw(total, kv, dim, dtype=torch.bfloat16) for _ in range(2))
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=q.device)
+    out, lse = kernel(q, k, v, ends, max(lengths))
+    cudnn, torchs = (
+        module.attention_backward(grad, q, k, v, out, lse, ends, max(lengths)) for module in (cudnn_backward, flash)
+    )
+    for ours, theirs in zip(cudnn, torchs, strict=True):
+        assert error(ours, theirs) <= 6e-3

@@ -69,7 +69,7 @@ KERNELS = {
     "flash dense": dense(SDPBackend.FLASH_ATTENTION),
     "engine's forward, flash varlen backward": engine_and(torch_flash.attention_backward),
 }
-if cudnn_backward.is_installed():
+if cudnn_backward.load():  # before the first of them opens cuDNN
     KERNELS["engine's forward, Transformer Engine's backward"] = engine_and(cudnn_backward.attention_backward)
 
 

@@ -44,7 +44,7 @@ class PackedPlan:
     kernel: Any
     """The engine's operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where torch's or none is used."""
     backward: Any
-    """What goes with that kernel: :func:`flash.attention_backward` or :func:`cudnn_backward.attention_backward`."""
+    """What goes with that kernel, of :func:`backward_kernel`."""
 
     @property
     def operators(self) -> tuple[Any, ...]:
@@ -81,6 +81,7 @@ def plan(
     dtype: torch.dtype,
     varlen: bool,
     kernel: Any = None,
+    backward: Any = flash.attention_backward,
 ) -> PackedPlan:
     """Makes the plan of one microbatch.
 
@@ -92,6 +93,7 @@ def plan(
         dtype: compute dtype.
         varlen: whether variable-length kernels exist for the device.
         kernel: the engine's, see :attr:`PackedPlan.kernel`.
+        backward: see :attr:`PackedPlan.backward`.
     """
     angles = position_ids[:, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -103,12 +105,13 @@ def plan(
         max_seqlen=max_seqlen,
         buckets=() if varlen else make_buckets(cu_seqlens.tolist(), device),
         kernel=kernel,
-        backward=_backward(head_dim=2 * len(frequencies)),
+        backward=backward,
     )
 
 
-def _backward(head_dim: int) -> Any:
-    by_cudnn = head_dim <= cudnn_backward.LARGEST_HEAD and cudnn_backward.is_installed()
+def backward_kernel(head_dim: int, *, transformer_engine: bool) -> Any:
+    """What goes with the engine's kernel: cuDNN's where Transformer Engine is loaded and has one, else torch's."""
+    by_cudnn = transformer_engine and head_dim <= cudnn_backward.LARGEST_HEAD
     return cudnn_backward.attention_backward if by_cudnn else flash.attention_backward
 
 

@@ -11,13 +11,36 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from framework.errors import ConfigError
+
 LARGEST_HEAD = 128
 """The head size up to which cuDNN has this kernel for packed sequences on every GPU with bfloat16."""
 
 
 def is_installed() -> bool:
-    """Whether Transformer Engine is there, with its part for torch. One that cannot be imported fails when used."""
+    """Whether Transformer Engine is there, with its part for torch."""
     return find_spec("transformer_engine") is not None and find_spec("transformer_engine_torch") is not None
+
+
+def load() -> bool:
+    """Imports Transformer Engine where it is installed, and says whether it is.
+
+    To be called before cuDNN is used: it opens its parts by name, and after torch has opened some, another version's
+    may come first.
+
+    Raises:
+        ConfigError: it is installed and cannot be imported.
+    """
+    if not is_installed():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401 - for what importing it opens
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"Transformer Engine is installed and cannot be imported: {error}. Install one made for torch "
+            f"{torch.__version__}, or uninstall transformer-engine: nothing here needs it"
+        ) from error
+    return True
 
 
 def attention_backward(

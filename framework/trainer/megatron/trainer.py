@@ -22,9 +22,9 @@ from framework.lora.spec import LoraSpec
 from framework.models.layout import EMBEDDING, LM_HEAD
 from framework.models.spec import ModelSpec
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
-from framework.trainer.megatron import compat
+from framework.trainer.megatron import compat, cudnn_backward
 from framework.trainer.megatron.adapter import AdapterState
-from framework.trainer.megatron.attention import inverse_frequencies, plan
+from framework.trainer.megatron.attention import backward_kernel, inverse_frequencies, plan
 from framework.trainer.megatron.base_state import BaseState
 from framework.trainer.megatron.layers import LayerContext
 from framework.trainer.megatron.logprobs import VocabShard, logprobs_and_entropy
@@ -92,6 +92,9 @@ class MegatronTrainer:
             pointwise=context.pointwise,
         )
         self._attention = attention
+        self._attention_backward = backward_kernel(
+            spec.head_dim, transformer_engine=attention is not None and cudnn_backward.load()
+        )
         self._frequencies = inverse_frequencies(spec).to(device.torch_device)
         self._states: dict[str, AdapterState | BaseState] = {}
 
@@ -298,6 +301,7 @@ class MegatronTrainer:
             dtype=self.dtype,
             varlen=self.device.varlen_attention,
             kernel=self._attention,
+            backward=self._attention_backward,
         )
         hidden = self._model(tokens[None], positions[None], attention_mask=None, packed_seq_params=packed)
         hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from framework.errors import ConfigError
 from framework.models.spec import read_spec
 from framework.trainer.megatron import cudnn_backward, flash
-from framework.trainer.megatron.attention import PackedPlan, attend, inverse_frequencies, plan, rotate
+from framework.trainer.megatron.attention import PackedPlan, attend, backward_kernel, inverse_frequencies, plan, rotate
 
 LENGTHS = (1, 7, 2, 16, 9, 1, 3)
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -90,10 +92,25 @@ def test_rotation_equals_transformers(tiny: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "dim", "by"), [(True, 128, cudnn_backward), (True, 256, flash), (False, 128, flash)]
+    ("transformer_engine", "head_dim", "by"),
+    [(True, 128, cudnn_backward), (True, 256, flash), (False, 128, flash)],
 )
-def test_the_backward_kernel_is_cudnns_where_transformer_engine_is_installed_and_has_one(
-    installed: bool, dim: int, by: object, monkeypatch: pytest.MonkeyPatch
+def test_the_backward_kernel_is_cudnns_where_transformer_engine_is_there_and_has_one(
+    transformer_engine: bool, head_dim: int, by: ModuleType
 ) -> None:
-    monkeypatch.setattr(cudnn_backward, "is_installed", lambda: installed)
-    assert make_plan((3, 2), torch.ones(dim // 2)).backward is by.attention_backward  # type: ignore[attr-defined]
+    assert backward_kernel(head_dim, transformer_engine=transformer_engine) is by.attention_backward
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_named_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cudnn_backward.is_installed():
+        assert cudnn_backward.load()
+        return
+    assert not cudnn_backward.load()
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('undefined symbol: made for this')")
+    (tmp_path / "transformer_engine_torch.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"undefined symbol: made for this.*uninstall transformer-engine"):
+        cudnn_backward.load()

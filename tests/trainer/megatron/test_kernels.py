@@ -12,7 +12,7 @@ from torch import Tensor
 from framework.device import open_device
 from framework.engine.vllm.attention import open_attention
 from framework.trainer.megatron import cudnn_backward, flash
-from framework.trainer.megatron.attention import attend, plan
+from framework.trainer.megatron.attention import attend, backward_kernel, plan
 from framework.trainer.megatron.pointwise import PLAIN, Heads, Pointwise, VocabGradient
 
 pytestmark = pytest.mark.gpu
@@ -137,8 +137,9 @@ def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: in
         torch.ones(dim // 2, device=q.device),
     )
     common = (positions, offsets, max(lengths), frequencies)
+    backward = backward_kernel(dim, transformer_engine=cudnn_backward.load())
     plans = [
-        plan(*common, dtype=q.dtype, varlen=True, kernel=kernel),
+        plan(*common, dtype=q.dtype, varlen=True, kernel=kernel, backward=backward),
         plan(*common, dtype=q.dtype, varlen=False),
     ]
     for place in range(3):
@@ -161,6 +162,7 @@ def test_packed_attention(lengths: tuple[int, ...], query: int, kv: int, dim: in
 def test_both_backward_kernels_take_what_the_engine_leaves(
     lengths: tuple[int, ...], query: int, kv: int, dim: int
 ) -> None:
+    assert cudnn_backward.load()
     kernel = open_attention(open_device("auto", local_rank=0))
     total = sum(lengths)
     q, grad = (draw(total, query, dim, dtype=torch.bfloat16) for _ in range(2))

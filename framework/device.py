@@ -51,6 +51,8 @@ class Device:
     """Tokens of a training microbatch, of a model of its size, that others can wait for: some tenths of a second."""
     quantum_sequences: int
     """Completions an engine step can work on before it takes several times as long as one alone."""
+    host_threads: int | None
+    """Threads of torch's operators on the host once a run has begun; None is torch's choice."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
 
@@ -98,6 +100,7 @@ def _cpu() -> Device:
         kv_block_tokens=32,  # the smallest CPU kernels take; vLLM's 128 is beyond most prompts, and none would share
         quantum_tokens=256,
         quantum_sequences=16,
+        host_threads=None,
         shares_weights=False,
     )
 
@@ -131,5 +134,6 @@ def _cuda(local_rank: int) -> Device:
         kv_block_tokens=None,
         quantum_tokens=2048,
         quantum_sequences=64,
+        host_threads=1,  # beside a GPU the host has small tensors: where cores are short, threads wait for one another
         shares_weights=True,
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from framework.checkpoint import Checkpoint, CheckpointStore
 from framework.config import RunConfig, flatten, plain
 from framework.data.chat import Chat
@@ -82,7 +84,7 @@ def open_sampling(cfg: RunConfig) -> SamplingRuntime:
         probe_delivery(
             pair.trainer, pair.engine, pair.weight_sync, cfg.lora, vocab_size=base.spec.vocab_size, dtype=base.dtype
         )
-    settle()
+    settle(host_threads=base.device.host_threads)
     return SamplingRuntime(
         base=base,
         trainer=pair.trainer,
@@ -98,11 +100,14 @@ GC_THRESHOLDS = (10_000, 10, 10)
 """Objects made, and rounds of the younger generation, before the next round: Python's own first is 700."""
 
 
-def settle() -> None:
+def settle(*, host_threads: int | None) -> None:
     """Takes what start-up made out of the garbage collector's rounds, which would cost a push tens of milliseconds.
 
-    What the first step makes is not frozen, and a whole round over it takes 70 ms; so rounds become rarer too.
+    What the first step makes is not frozen, and a whole round over it takes 70 ms; so rounds become rarer too. From
+    here on torch has ``host_threads`` (:attr:`Device.host_threads`); start-up, which converts weights, had them all.
     """
+    if host_threads is not None:
+        torch.set_num_threads(host_threads)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

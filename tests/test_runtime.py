@@ -1,11 +1,16 @@
-"""The runtime of a recipe: the engine sleeps where the memory was divided so, and only there."""
+"""The runtime of a recipe: the engine sleeps where the memory was divided so; start-up ends with settle()."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from framework.runtime import SamplingRuntime
+import pytest
+import torch
+
+from framework.runtime import SamplingRuntime, settle
 
 
 class Sleeper:
@@ -51,3 +56,21 @@ def test_the_engine_stays_awake_where_both_sides_fit() -> None:
     rt.sleep()
     rt.wake()
     assert engine.told == []
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
+    yield
+    torch.set_num_threads(threads)
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("host_threads", "expected"), [(1, 1), (None, 2)])
+def test_a_device_may_ask_for_fewer_threads_on_the_host(host_threads: int | None, expected: int) -> None:
+    torch.set_num_threads(2)
+    settle(host_threads=host_threads)
+    assert torch.get_num_threads() == expected
+    assert gc.get_freeze_count() > 0

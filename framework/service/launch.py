@@ -68,6 +68,8 @@ class Backend:
     """See :class:`ServiceConfig`; here the device's where that has 0."""
     max_tokens_per_microbatch: int
     """Likewise."""
+    host_threads: int | None
+    """See :attr:`framework.device.Device.host_threads`."""
     memory: Mapping[str, float]
     """How much of it the engine may take, for the log: ``kv_cache_gib`` or ``gpu_memory_utilization``, or nothing."""
     model: Model
@@ -234,7 +236,7 @@ def serve(config: ServiceConfig, backend: Backend) -> None:
     """Serves until one of :data:`STOPS`. All ranks call it; returns on all of them together."""
     sys.setswitchinterval(GIL_SWITCH_S)
     warm_up(backend)
-    settle()
+    settle(host_threads=backend.host_threads)
     if backend.mesh.tp_rank != 0:
         for number in STOPS:  # rank 0 decides when all end
             signal.signal(number, signal.SIG_IGN)

@@ -82,6 +82,7 @@ def open_backend(run: RunConfig, service: ServiceConfig) -> Backend:
         max_lora_rank=service.max_rank,
         max_in_flight=max_in_flight,
         max_tokens_per_microbatch=max_tokens,
+        host_threads=base.device.host_threads,
         memory=memory_of(run, base, pair),
         model=_model(run, base, pair.engine.max_prompt_tokens, local=service.auth == "local"),
     )

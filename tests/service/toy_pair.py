@@ -22,6 +22,7 @@ def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None =
         pad_to_multiple_of=1,
         max_lora_rank=64,
         max_in_flight=64,
+        host_threads=None,
         memory={"kv_cache_gib": 0.5},
         max_tokens_per_microbatch=2048,
         model=Model(

@@ -54,7 +54,7 @@ def main() -> None:
     count = sum(factor.numel() for shard in shards.values() for factor in (shard.a, shard.b))
     source = torch.randn(count, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    settle()
+    settle(host_threads=None)
     figures: dict[str, list[float]] = {"push": [], "push and proof": [], "one copy": []}
     for index in range(arguments.repeats):
         # As in a step: other memory has passed through the caches since the last push.

@@ -107,7 +107,7 @@ def measure(spec: ModelSpec, rank: int, engine: VllmEngine, mesh: Mesh, device: 
         trainer, engine, VersionCounter(), synchronize=device.synchronize, check_lockstep=mesh.check_lockstep
     )
     alone, proved = [], []
-    settle()
+    settle(host_threads=device.host_threads)
     for index in range(repeats):
         state.grad.normal_()
         state.optim_step(AdamParams(learning_rate=1e-3))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from framework.config import RunConfig
-from framework.environments.catalog import load
+from framework.environments.catalog import check_environment, load
 from framework.errors import ConfigError
 from framework.runtime import SamplingRuntime, open_sampling, open_training
 from recipes import distill, dpo, evaluate, grpo, sft
@@ -21,9 +21,16 @@ class Recipe:
     """Sections and keys of the configuration that it does not read; setting one is an error."""
 
 
+def _open(cfg: RunConfig) -> SamplingRuntime:
+    """The runtime of a recipe that plays environments; what is misspelt there does not wait for the engine."""
+    for environment in cfg.evaluation.environments or (cfg.environment,):
+        check_environment(environment)
+    return open_sampling(cfg)
+
+
 def _evaluate(cfg: RunConfig) -> None:
     prepared = evaluate.prepare(cfg)
-    evaluate.run(prepared, open_sampling(prepared))
+    evaluate.run(prepared, _open(prepared))
 
 
 SAMPLING = ("environment", "engine", "sampling", "rollout", "parity")
@@ -35,7 +42,7 @@ WITHOUT_GROUPS = ("rollout.max_refills", "rollout.max_lag")
 """Of the recipe grpo."""
 
 RECIPES: dict[str, Recipe] = {
-    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, open_sampling(cfg)), unused=("data", "dpo", "distill", *TABLES)),
+    "grpo": Recipe(run=lambda cfg: grpo.run(cfg, _open(cfg)), unused=("data", "dpo", "distill", *TABLES)),
     "sft": Recipe(
         run=lambda cfg: sft.run(cfg, open_training(cfg)),
         unused=(*SAMPLING, "algorithm", "dpo", "distill", "evaluation.num_problems", *TABLES),
@@ -45,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
         unused=(*SAMPLING, "algorithm", "distill", "evaluation.num_problems", *TABLES),
     ),
     "distill": Recipe(
-        run=lambda cfg: distill.run(cfg, open_sampling(cfg)),
+        run=lambda cfg: distill.run(cfg, _open(cfg)),
         unused=("data", "dpo", "algorithm", *TABLES, *WITHOUT_GROUPS),
     ),
     "evaluate": Recipe(

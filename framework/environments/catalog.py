@@ -64,17 +64,13 @@ class EnvironmentConfig:
             )
 
 
-def build_problems(config: EnvironmentConfig, chat: Chat, *, split: str, seed: int) -> Problems:
-    """The problems of one split, ``train`` or ``heldout``. Called on the leader, or on every rank alike.
+def check_environment(config: EnvironmentConfig) -> None:
+    """Refuses what no builder would take. It needs no model, so a run asks before its engine starts.
 
     Raises:
         ConfigError: an unknown environment, argument or reward; the nearest known one is named.
-        DataError: the environment's data set cannot be read, or the chat template cannot serve it.
     """
-    if split not in get_args(Split):
-        raise ConfigError(f"split={split!r}: must be one of {list(get_args(Split))}")
-    builder = _builder(config.name)
-    parameters = inspect.signature(builder).parameters
+    parameters = inspect.signature(_builder(config.name)).parameters
     reserved = {"chat", "split", "seed", "reward"}
     allowed = [name for name in parameters if name not in reserved]
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -84,14 +80,13 @@ def build_problems(config: EnvironmentConfig, chat: Chat, *, split: str, seed: i
                 f"environment.args.{key}: environment {config.name} has no such argument"
                 f"{_nearest(key, allowed)}; it has {allowed}"
             )
-    args = dict(config.args)
     if config.reward is not None:
         if "reward" not in parameters:
             raise ConfigError(
                 f"environment.reward={config.reward}: environment {config.name} computes its own reward; "
                 "remove the key, or use the environment 'dataset'"
             )
-        args["reward"] = load_reward(config.reward, config.reward_args)
+        _reward(config.reward)
     elif config.reward_args:
         raise ConfigError("environment.reward_args is set but environment.reward is not")
     missing = [
@@ -99,11 +94,26 @@ def build_problems(config: EnvironmentConfig, chat: Chat, *, split: str, seed: i
         for name in allowed
         if parameters[name].default is inspect.Parameter.empty
         and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        and name not in args
+        and name not in config.args
     ]
     if missing:
         raise ConfigError(f"environment {config.name} needs environment.args.{missing[0]}")
-    return builder(chat, split=split, seed=seed, **args)
+
+
+def build_problems(config: EnvironmentConfig, chat: Chat, *, split: str, seed: int) -> Problems:
+    """The problems of one split, ``train`` or ``heldout``. Called on the leader, or on every rank alike.
+
+    Raises:
+        ConfigError: as :func:`check_environment`, or an argument has a value that the builder refuses.
+        DataError: the environment's data set cannot be read, or the chat template cannot serve it.
+    """
+    if split not in get_args(Split):
+        raise ConfigError(f"split={split!r}: must be one of {list(get_args(Split))}")
+    check_environment(config)
+    args = dict(config.args)
+    if config.reward is not None:
+        args["reward"] = load_reward(config.reward, config.reward_args)
+    return _builder(config.name)(chat, split=split, seed=seed, **args)
 
 
 def load_reward(path: str, args: Mapping[str, Any]) -> Reward:
@@ -116,9 +126,7 @@ def load_reward(path: str, args: Mapping[str, Any]) -> Reward:
     Raises:
         ConfigError: nothing callable is there, or it does not take these arguments.
     """
-    found = load("environment.reward", path)
-    if not callable(found):
-        raise ConfigError(f"environment.reward={path}: is a {type(found).__name__}, must be a function or a class")
+    found = _reward(path)
     if not inspect.isclass(found):
         return partial(found, **args) if args else found
     try:
@@ -127,6 +135,13 @@ def load_reward(path: str, args: Mapping[str, Any]) -> Reward:
         raise ConfigError(f"environment.reward={path}: environment.reward_args={dict(args)}: {error}") from error
     assert callable(reward)
     return reward
+
+
+def _reward(path: str) -> Callable[..., Any]:
+    found = load("environment.reward", path)
+    if not callable(found):
+        raise ConfigError(f"environment.reward={path}: is a {type(found).__name__}, must be a function or a class")
+    return found  # type: ignore[no-any-return]
 
 
 def load(key: str, path: str) -> Any:

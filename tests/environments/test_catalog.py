@@ -13,7 +13,13 @@ import yaml
 from framework.data.chat import Chat
 from framework.environments.arithmetic import ArithmeticProblems
 from framework.environments.base import Reward
-from framework.environments.catalog import ENVIRONMENTS, EnvironmentConfig, build_problems, load_reward
+from framework.environments.catalog import (
+    ENVIRONMENTS,
+    EnvironmentConfig,
+    build_problems,
+    check_environment,
+    load_reward,
+)
 from framework.environments.single_turn import SingleTurnProblems
 from framework.errors import ConfigError
 from tests.fakes import tiny_tokenizer
@@ -82,11 +88,18 @@ def test_a_builder_and_a_reward_of_ones_own() -> None:
             EnvironmentConfig(name=f"{HERE}.own_problems", reward=f"{HERE}.nothing"),
             "environment.reward=.*cannot import",
         ),
-        (EnvironmentConfig(name=f"{HERE}.own_problems", reward=f"{HERE}.LengthGoal"), "missing 1 required .*'goal'"),
     ],
 )
 def test_what_cannot_be_built_names_the_key(config: EnvironmentConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        check_environment(config)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_a_reward_class_that_lacks_an_argument_names_it() -> None:
+    config = EnvironmentConfig(name=f"{HERE}.own_problems", args={"word": "a"}, reward=f"{HERE}.LengthGoal")
+    with pytest.raises(ConfigError, match=r"missing 1 required .*'goal'"):
         build(config)
 
 

@@ -46,7 +46,8 @@ def main() -> None:
     machine = report.machine()
     spec = LoraSpec(rank=arguments.rank, alpha=2.0 * arguments.rank)
     cfg = RunConfig(model=ModelConfig(name_or_path=arguments.model), lora=spec)
-    pair = open_pair(cfg, open_base(cfg))
+    base = open_base(cfg)
+    pair = open_pair(cfg, base)
     engine, trainer, sync = pair.engine, pair.trainer, pair.weight_sync
     trainer.add_adapter(POLICY, spec, seed=0)
     sync.push(POLICY)
@@ -54,7 +55,7 @@ def main() -> None:
     count = sum(factor.numel() for shard in shards.values() for factor in (shard.a, shard.b))
     source = torch.randn(count, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    settle(host_threads=None)
+    settle(host_threads=base.device.host_threads)
     figures: dict[str, list[float]] = {"push": [], "push and proof": [], "one copy": []}
     for index in range(arguments.repeats):
         # As in a step: other memory has passed through the caches since the last push.

@@ -16,17 +16,22 @@ ROOT = Path(__file__).resolve().parents[1]
 LINE = '"""A module."""\n'
 
 
+TOP = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "pyproject.toml"}
+TOP |= {"benchmarks", "conf", "docs", "examples", "framework", "launch", "recipes", "tests"}
+"""What lies in the root of the repository."""
+
+
+def listed(*which: str) -> list[str]:
+    """Paths from the root, as git lists them."""
+    command = ["git", "ls-files", "-z", *which]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in run.stdout.split("\0") if name]
+
+
 def tracked_texts() -> dict[str, str]:
     """Every text file that git has or would take, by path from the root."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     texts = {}
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in listed("--cached", "--others", "--exclude-standard"):
         data = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b"\0"
         if b"\0" not in data:
             texts[name] = data.decode()
@@ -43,6 +48,10 @@ def test_the_code_keeps_the_rule(rule: Callable[[Sequence[Source]], list[str]]) 
     sources = python_sources()
     assert len(sources) > 20
     assert rule(sources) == []
+
+
+def test_nothing_is_committed_beside_the_houses_rooms() -> None:
+    assert {name.partition("/")[0] for name in listed("--cached")} == TOP
 
 
 def test_no_tracked_file_names_a_registry_or_a_machine() -> None:

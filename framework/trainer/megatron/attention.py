@@ -134,12 +134,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     """
     if packed.buckets:
         return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
-    shared = packed.kernel is not None
-    if len(packed.cu_seqlens) == 2 and not (shared and packed.backward is cudnn_backward.attention_backward):
-        return _attend_alone(q, k, v)
-    if shared:
+    several = len(packed.cu_seqlens) > 2
+    if packed.kernel is not None and (several or packed.backward is cudnn_backward.attention_backward):
         return flash.FlashAttention.apply(q, k, v, packed).flatten(1)
-    return _attend_varlen(q, k, v, packed)
+    return _attend_varlen(q, k, v, packed) if several else _attend_alone(q, k, v)
 
 
 def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

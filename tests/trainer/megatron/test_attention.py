@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.errors import ConfigError
 from framework.models.spec import read_spec
 from framework.trainer.megatron import cudnn_backward, flash
 from framework.trainer.megatron.attention import PackedPlan, attend, backward_kernel, inverse_frequencies, plan, rotate
@@ -101,16 +104,16 @@ def test_the_backward_kernel_is_cudnns_where_transformer_engine_is_there_and_has
     assert backward_kernel(head_dim, transformer_engine=transformer_engine) is by.attention_backward
 
 
-def test_a_transformer_engine_that_cannot_be_imported_is_named_at_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if cudnn_backward.is_installed():
-        assert cudnn_backward.load()
-        return
-    assert not cudnn_backward.load()
+def test_transformer_engine_is_loaded_where_it_is_installed() -> None:
+    assert cudnn_backward.load() is cudnn_backward.is_installed()
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('undefined symbol: made for this')")
     (tmp_path / "transformer_engine_torch.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"undefined symbol: made for this.*uninstall transformer-engine"):
-        cudnn_backward.load()
+    load = "from framework.trainer.megatron import cudnn_backward; cudnn_backward.load()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ended = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert re.search(r"ConfigError: .*undefined symbol: made for this.*uninstall transformer-engine", ended.stderr)

@@ -7,12 +7,9 @@ turns the result into :class:`RunConfig`, and an unknown key is an error that na
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -22,6 +19,7 @@ from framework.environments.catalog import EnvironmentConfig
 from framework.errors import ConfigError
 from framework.lora.spec import LoraSpec
 from framework.tracking import TrackingConfig
+from framework.typed import build
 from framework.types import AdamParams
 
 
@@ -289,6 +287,9 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    numerics: Literal["fast", "exact"] = "fast"
+    """exact: the trainer's logprob of a sampled token is the engine's, bit for bit; on one Hopper GPU per model. The
+    ``parity`` gate then allows no difference at all. Sampling is slower for it."""
     lora: LoraSpec | None = field(default_factory=LoraSpec)
     """null, by ``lora=none`` on the command line, trains every weight of the base model instead of an adapter."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -309,6 +310,23 @@ class RunConfig:
             raise ConfigError(
                 f"init_adapter={self.init_adapter}: lora=none trains the base model itself and starts from no adapter"
             )
+
+    @property
+    def parity_gate(self) -> ParityConfig:
+        """What ``parity`` says, or with ``numerics=exact`` that there is no difference."""
+        return self.parity if self.numerics == "fast" else EXACT_PARITY
+
+
+EXACT_PARITY = ParityConfig(
+    warn_abs_diff_mean=0.0,
+    abort_abs_diff_mean=0.0,
+    warn_abs_diff_max=0.0,
+    abort_abs_diff_max=0.0,
+    warn_gen_kl_error=0.0,
+    abort_gen_kl_error=0.0,
+    warn_token_mult_prob_error=1.0,
+    abort_token_mult_prob_error=1.0,
+)
 
 
 def schema() -> dict[str, Any]:
@@ -339,7 +357,7 @@ def to_typed(composed: Any) -> RunConfig:
         ConfigError: a key is unknown (the nearest known one is named) or a value has the wrong type.
     """
     container = OmegaConf.to_container(composed, resolve=True) if OmegaConf.is_config(composed) else composed
-    return _build(RunConfig, container, "")
+    return build(RunConfig, container, "")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -351,50 +369,3 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message that names what was probably meant; empty if nothing is near."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _build(kind: Any, values: Any, path: str) -> Any:
-    """An instance of the dataclass ``kind`` from a mapping."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path.rstrip('.')}={values!r}: must be a section with keys, not a value")
-    hints = get_type_hints(kind)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        raise ConfigError(f"unknown key {path + str(unknown[0])!r}{nearest(str(unknown[0]), hints)}")
-    return kind(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the annotated type, or a ConfigError that says what is allowed."""
-    origin = get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(option for option in options if option is not type(None)), value, path)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path + ".")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}={value!r}: must be a list")
-        return tuple(_convert(get_args(hint)[0], item, path) for item in value)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{path}={value!r}: must be one of {list(get_args(hint))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError as error:
-            raise ConfigError(f"{path}={value!r}: must be a number") from error
-    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ConfigError(f"{path}={value!r}: must be of type {hint.__name__}, not {type(value).__name__}")
-    return value

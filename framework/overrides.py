@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from framework.config import flatten, nearest, schema
+from framework.config import flatten, schema
 from framework.errors import ConfigError
+from framework.typed import nearest
 
 FREE = ("environment.args.", "environment.reward_args.")
 """Sections whose keys are an environment's or a reward's own; checked where it is made."""

@@ -82,6 +82,8 @@ def open_pair(cfg: RunConfig, base: Base, *, num_adapters: int = 1, num_sequence
     """
     if cfg.lora is None:
         check_shares_weights(cfg, base)
+    if cfg.numerics == "exact":
+        check_exact(cfg, base)
     plan = None
     engine: Any
     if cfg.engine.backend == "trainer":
@@ -118,6 +120,32 @@ def check_shares_weights(cfg: RunConfig, base: Base) -> None:
             f"with the trainer's own model (engine.backend=trainer), train an adapter, or fine-tune without sampling "
             f"(+recipe=sft)"
         )
+
+
+def check_exact(cfg: RunConfig, base: Base) -> None:
+    """Refuses ``numerics=exact`` where trainer and engine are not made of the same kernels.
+
+    Raises:
+        ConfigError: with what would have to be otherwise.
+    """
+    reasons = {
+        f"hardware.device={base.device.kind}, it needs kernels that both sides share, of an NVIDIA Hopper GPU": (
+            not base.device.has_shared_kernels
+        ),
+        f"parallel.tensor_parallel_size={base.mesh.tp_size}, sums over ranks have another order in the engine": (
+            base.mesh.tp_size > 1
+        ),
+        f"model.dtype={cfg.model.dtype}, it is made for bfloat16 and float16": base.dtype is torch.float32,
+        f"trainer.backend={cfg.trainer.backend}, only megatron shares the engine's kernels": (
+            cfg.trainer.backend != "megatron"
+        ),
+        f"engine.backend={cfg.engine.backend}, its kernels for one token are not those for a sequence": (
+            cfg.engine.backend != "vllm"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"numerics=exact with {reason}; use numerics=fast")
 
 
 def cache_bytes(cfg: RunConfig, base: Base) -> int | None:
@@ -198,6 +226,7 @@ def open_trainer(cfg: RunConfig, base: Base, weights: Mapping[str, torch.Tensor]
             sequence_parallel=cfg.parallel.sequence_parallel,
             recompute=cfg.trainer.recompute,
             attention=open_attention(base.device),
+            exact=cfg.numerics == "exact",
         )
     from framework.trainer.hf.trainer import HfTrainer
 
@@ -246,6 +275,7 @@ def open_engine(cfg: RunConfig, base: Base, size_cache: Callable[[EngineProfile]
         gpu_memory_utilization=cfg.engine.gpu_memory_utilization,
         enforce_eager=eager,
         enable_prefix_caching=cfg.engine.prefix_caching,
+        exact=cfg.numerics == "exact",
     )
     return VllmEngine(
         base.model.path, options, mesh=base.mesh, device=base.device, dtype=base.dtype, size_cache=size_cache

@@ -62,7 +62,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
             batch = batch_of(cfg, rt, datums, multiple_of=rt.trainer.token_multiple, version=ref)
             loss = rt.trainer.forward_backward(POLICY, batch, OnPolicyDistillation())
         parity = measure_parity(datums, loss.result, rt.mesh)
-        check_parity(parity, cfg.parity, step=step)
+        check_parity(parity, cfg.parity_gate, step=step)
         adam = cfg.optimizer.at(step, cfg.num_steps)
         with timer.phase("optim"):
             optim = rt.trainer.optim_step(POLICY, adam)

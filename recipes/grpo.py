@@ -65,7 +65,7 @@ def run(cfg: RunConfig, rt: SamplingRuntime) -> None:
                 losses.append(rt.trainer.forward_backward(POLICY, batch, algorithm.loss))
             if len(losses) == 1:  # later parts meet other weights than those they were sampled from
                 parity = measure_parity(part, losses[0].result, rt.mesh)
-                check_parity(parity, cfg.parity, step=step)
+                check_parity(parity, cfg.parity_gate, step=step)
             with timer.phase("optim"):
                 optim = rt.trainer.optim_step(POLICY, adam)
             with timer.phase("push"):

@@ -25,7 +25,7 @@ from tests.recipes.scenario import config
 CYCLES = 200
 
 
-def small(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
+def small(model: Path, run_dir: Path, numerics: str = "fast", **overrides: Any) -> RunConfig:
     """The scenario's run on whatever device there is, its KV cache computed; eager, to start quickly."""
     engine = {"max_model_len": 256, "max_num_seqs": 32, "enforce_eager": True, **overrides}
     return config(
@@ -33,6 +33,7 @@ def small(model: Path, run_dir: Path, **overrides: Any) -> RunConfig:
         run_dir,
         hardware={"device": "auto"},
         engine=engine,
+        numerics=numerics,
         model__dtype="bfloat16",
         parity={"probe": False, "abort_abs_diff_mean": 1.0, "warn_abs_diff_mean": 1.0},
     )
@@ -87,9 +88,12 @@ def on_rank(model: Path, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def agreement(model: Path, run_dir: Path, graphs: bool) -> dict[str, Any]:
-    """Of an adapter that does something: the trainer's logprobs of sampled tokens, and the engine's reading of them."""
-    cfg = small(model, run_dir, enforce_eager=not graphs)
+def agreement(
+    model: Path, run_dir: Path, graphs: bool, numerics: str = "fast", temperature: float = 1.0
+) -> dict[str, Any]:
+    """Of an adapter that does something: the trainer's logprobs of sampled tokens, in one batch and each alone, the
+    engine's as it sampled them, and the engine's reading of them (at temperature 1)."""
+    cfg = small(model, run_dir, numerics, enforce_eager=not graphs)
     rt = open_sampling(cfg)
     rt.trainer.add_adapter("probe", cfg.lora, seed=0)
     batch = full_microbatch(rt.base.spec.vocab_size, 512, 128, multiple_of=1)
@@ -98,7 +102,8 @@ def agreement(model: Path, run_dir: Path, graphs: bool) -> dict[str, Any]:
         rt.trainer.optim_step("probe", AdamParams(learning_rate=1e-2))
     ref = rt.weight_sync.push("probe")
     prompts = [tuple(range(3 + i, 20 + 2 * i)) for i in range(8)]
-    drawn = generate(rt.engine, _requests(prompts, ref, SamplingParams(max_tokens=40, ignore_eos=True)))
+    sampling = SamplingParams(max_tokens=150, ignore_eos=True, temperature=temperature)
+    drawn = generate(rt.engine, _requests(prompts, ref, sampling))
     whole = [prompt + done.token_ids for prompt, done in zip(prompts, drawn, strict=True)]
     reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
     read = generate(rt.engine, _requests(whole, ref, reading))
@@ -110,10 +115,13 @@ def agreement(model: Path, run_dir: Path, graphs: bool) -> dict[str, Any]:
         )
         for prompt, tokens in zip(prompts, whole, strict=True)
     ]
-    packed = make_batch(datums, aggregation="token_mean", max_tokens=2048)
+    packed = make_batch(datums, aggregation="token_mean", max_tokens=2048, temperature=temperature)
+    alone = [make_batch([d], aggregation="token_mean", max_tokens=2048, temperature=temperature) for d in datums]
     return {
         "trainer": np.concatenate(rt.trainer.forward("probe", packed).logprobs),
+        "alone": np.concatenate([x for one in alone for x in rt.trainer.forward("probe", one).logprobs]),
         "base": np.concatenate(rt.trainer.forward(None, packed).logprobs),
+        "sampled": np.array([x for done in drawn for x in done.sampling_logprobs]),
         "read": np.array([x for p, c in zip(prompts, read, strict=True) for x in (c.prompt_logprobs or ())[len(p) :]]),
     }
 

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models",
         "storage",
         "timing",
+        "typed",
         "watchdog",
     ),
     ("trainer", "engine", "environments", "data", "batching", "tracking"),

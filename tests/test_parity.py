@@ -110,3 +110,16 @@ def test_one_absurd_token_among_thousands_aborts() -> None:
     assert values["parity/logprob_abs_diff_mean"] < GATE.warn_abs_diff_mean
     with pytest.raises(MismatchError, match=r"logprob_abs_diff_max=14\.5"):
         check_parity(values, GATE, step=1)
+
+
+def test_exact_numerics_allow_no_difference_at_all() -> None:
+    from framework.config import to_typed
+
+    gate = to_typed({"numerics": "exact"}).parity_gate
+    logprobs = np.log(np.linspace(0.1, 0.9, 50))
+    check_parity(measured(logprobs, logprobs.astype(np.float32).astype(float)), gate, step=1)
+    off = logprobs.copy()
+    off[7] += 1e-6
+    with pytest.raises(MismatchError, match="logprob_abs_diff_mean"):
+        check_parity(measured(off, logprobs.astype(np.float32).astype(float)), gate, step=1)
+    assert to_typed({}).parity_gate == ParityConfig()

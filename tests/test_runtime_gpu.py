@@ -82,6 +82,36 @@ def test_the_trainer_has_the_bits_of_the_engine_that_reads_the_same_tokens(graph
     assert np.abs(rank["base"] - rank["read"]).mean() > 0.1, "the adapter does something"
 
 
+@pytest.mark.parametrize(("family", "head_dim", "temperature"), [("llama", 64, 1.0), ("qwen3", 128, 0.7)])
+def test_exact_the_sampled_logprobs_are_the_trainers_bit_for_bit(
+    family: str, head_dim: int, temperature: float, tmp_path: Any
+) -> None:
+    model = tiny_checkpoint(
+        tmp_path,
+        family=family,
+        num_layers=4,
+        hidden_size=256,
+        head_dim=head_dim,
+        ffn_size=1024,
+        dtype=torch.bfloat16,
+    )
+    (rank,) = run_ranks(
+        "tests.runtime_gpu_scenario:agreement",
+        tmp_path / "out",
+        nproc=1,
+        timeout_s=300,
+        model=model,
+        run_dir=tmp_path / "run",
+        graphs=True,
+        numerics="exact",
+        temperature=temperature,
+    )
+    assert len(rank["sampled"]) == 8 * 150
+    assert np.array_equal(rank["trainer"], rank["sampled"].astype(np.float32))
+    assert np.array_equal(rank["alone"], rank["trainer"])
+    assert np.abs(rank["base"] - rank["trainer"]).mean() > 0.1, "the adapter does something"
+
+
 def test_too_little_memory_is_refused_with_a_reserve_that_would_do(model: Any, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("refused")
     (rank,) = run_ranks(

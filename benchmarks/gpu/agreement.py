@@ -5,7 +5,8 @@ of the trainer after the other replaced by the engine's own kernel, and the engi
 against the same tokens decoded one by one). Then part by part: each of the trainer's functions on the engine's own
 inputs, the fraction of elements that come out bit for bit the same.
 
-    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.agreement --out out/ --model folder [--graphs] [--parts]
+    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu.agreement --out out/ --model folder
+        [--graphs] [--exact] [--parts]
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,14 +120,14 @@ POSITIONS: dict[str, Tensor] = {}
 
 
 def engine_linear(self: Any, x: Tensor) -> Tensor:
-    """The product as the engine makes it: batch-invariant where that is on; the adapter as the fused path makes it."""
-    from framework.engine.vllm.fused_lora import expand, product
+    """The adapter as the fused path makes it."""
+    from framework.engine.vllm.fused_lora import expand
 
     factors = self.switch.modules.get(self.path)
-    y = product(x, self.weight)
+    y = self.pointwise.product(x, self.weight, None)
     if factors is None:
         return y
-    full = torch.cat([y, product(x, factors.a_all)], dim=1)
+    full = torch.cat([y, self.pointwise.product(x, factors.a_all, None)], dim=1)
     slot = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     return expand(full, [part.b[None, None] for part in factors.slices], slot)
 
@@ -189,20 +190,6 @@ def end_to_end(
     return figures
 
 
-@contextmanager
-def invariant_logits(rt: SamplingRuntime, model: Any) -> Iterator[None]:
-    """Both sides' output layer by vLLM's batch-invariant product, which rounds to bf16."""
-    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
-
-    trainer: Any = rt.trainer
-    same = replace(trainer._vocab.pointwise, logits=linear_batch_invariant)
-    processor = getattr(model.logits_processor, "base_layer", model.logits_processor)
-    with ExitStack() as stack:
-        stack.enter_context(attribute(processor, "head_dtype", None))
-        stack.enter_context(attribute(trainer, "_vocab", replace(trainer._vocab, pointwise=same)))
-        yield
-
-
 def half_logits(rt: SamplingRuntime, model: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """Both sides with logits rounded to bf16, as they were before; the base model."""
     trainer: Any = rt.trainer
@@ -219,23 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--exact", action="store_true", help="numerics=exact")
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--parts", action="store_true", help="also with parts of the trainer replaced, without graphs")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--name", default="agreement")
     args = parser.parse_args()
-    if args.batch_invariant:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    rt = open_pair(args.model, args.out, 32, eager=not args.graphs, recompute="full")
+    numerics: Literal["fast", "exact"] = "exact" if args.exact else "fast"
+    rt = open_pair(args.model, args.out, 32, eager=not args.graphs, recompute="full", numerics=numerics)
     engine: Any = rt.engine
     from benchmarks.gpu.agreement_parts import part_by_part, runner_model
 
     model = runner_model(engine)
     sets = prompts_of(rt)
     figures: dict[str, Any] = {}
-    if args.batch_invariant:
-        invariant_logits(rt, model).__enter__()  # to the end of the process
     if args.parts:
         figures["part by part"] = part_by_part(rt, model, sets["chat"][0])
     for what, prompts in sets.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from framework.runtime import POLICY, SamplingRuntime, open_sampling
 from framework.types import AdamParams, AdapterRef, Completion, Datum, Prompt, SamplingParams
 
 
-def open_pair(model: Path, out: Path, rank: int, *, eager: bool, recompute: str) -> SamplingRuntime:
+def open_pair(
+    model: Path, out: Path, rank: int, *, eager: bool, recompute: str, numerics: Literal["fast", "exact"] = "fast"
+) -> SamplingRuntime:
     """The runtime of a recipe."""
     return open_sampling(
         RunConfig(
@@ -36,6 +38,7 @@ def open_pair(model: Path, out: Path, rank: int, *, eager: bool, recompute: str)
             trainer=TrainerConfig(recompute=recompute, max_tokens_per_microbatch=16384),
             engine=EngineConfig(kv_cache_gib=4.0, enforce_eager=eager, max_num_batched_tokens=8192),
             lora=LoraSpec(rank=rank),
+            numerics=numerics,
             tracking=TrackingConfig(wandb="off"),
         )
     )

@@ -199,6 +199,7 @@ def start_engine(model: str, max_lora_rank: int, mesh: Mesh, device: Device) -> 
         gpu_memory_utilization=0.4,
         enforce_eager=True,
         enable_prefix_caching=True,
+        exact=False,
     )
     return spec, VllmEngine(SCRATCH / model, options, mesh=mesh, device=device, dtype=torch.bfloat16)
 

@@ -92,7 +92,7 @@ def speed(work: Callable[[], int], repeats: int = 3) -> float:
     return sorted(speeds)[len(speeds) // 2]
 
 
-def options_of(max_adapters: int, rank: int) -> VllmOptions:
+def options_of(max_adapters: int, rank: int, *, exact: bool) -> VllmOptions:
     """CUDA graphs, adapters on all linears."""
     return VllmOptions(
         max_model_len=1024,
@@ -105,6 +105,7 @@ def options_of(max_adapters: int, rank: int) -> VllmOptions:
         gpu_memory_utilization=0.6,
         enforce_eager=False,
         enable_prefix_caching=False,
+        exact=exact,
     )
 
 
@@ -117,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-adapters", type=int, default=2)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--vllm-kernels", action="store_true", help="vLLM's own LoRA kernels instead of ours")
+    parser.add_argument("--exact", action="store_true", help="numerics=exact")
     parser.add_argument("--side", choices=SIDES, help="one engine in this process; without it each in its own")
     return parser.parse_args()
 
@@ -133,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         torch.cuda.empty_cache()
     spec = shapes.write_config(args.model, folder)
     with_lora = args.side == SIDES[0]
-    options = options_of(args.max_adapters if with_lora else 0, args.rank)
+    options = options_of(args.max_adapters if with_lora else 0, args.rank, exact=args.exact)
     started = time.perf_counter()
     engine = VllmEngine(folder, options, mesh=mesh, device=device, dtype=torch.bfloat16)
     start_s = time.perf_counter() - started
@@ -184,7 +186,7 @@ def main() -> None:
         "adapter / base model of the same engine": with_lora["ours, adapter"] / with_lora["ours, base"],
     }
     print(json.dumps(ratios, indent=1), flush=True)
-    settings = {"configured": bool(args.lora_configs), "fused": not args.vllm_kernels}
+    settings = {"configured": bool(args.lora_configs), "fused": not args.vllm_kernels, "exact": args.exact}
     report.write(args.out / f"{args.name}.json", {**sides, "ratios": ratios, **settings})
 
 

@@ -46,6 +46,8 @@ class VllmOptions:
     enforce_eager: bool
     """Skip compilation and graph capture: quick start, slower tokens."""
     enable_prefix_caching: bool
+    exact: bool
+    """Logprobs with the trainer's bits, however a token is computed."""
 
 
 class VllmEngine:
@@ -272,7 +274,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         enable_sleep_mode=device.shares_weights,
         disable_log_stats=True,
         hf_overrides=_head_dtype(device, dtype),
-        **_compiled_kernels(device, dtype),
+        **_compiled_kernels(device, dtype, exact=options.exact),
         seed=0,
     )
     return LLMEngine.from_engine_args(args)
@@ -283,7 +285,7 @@ def _head_dtype(device: Device, dtype: torch.dtype) -> dict[str, str]:
     return {"head_dtype": "float32"} if device.compiles_kernels and dtype is not torch.float32 else {}
 
 
-def _compiled_kernels(device: Device, dtype: torch.dtype) -> dict[str, Any]:
+def _compiled_kernels(device: Device, dtype: torch.dtype, *, exact: bool) -> dict[str, Any]:
     """Graphs of whole decode steps, and functions between the products that are the trainer's, bit for bit.
 
     vLLM's default captures beside each of these one graph per layer and size for steps with prompts in them, which
@@ -291,11 +293,15 @@ def _compiled_kernels(device: Device, dtype: torch.dtype) -> dict[str, Any]:
     """
     if not device.compiles_kernels:
         return {}
+    from framework.engine.vllm import attention_splits, exact_linear, head_norms, norms, token_logprobs  # need Triton
+
     shared: dict[str, Any] = {}
     if dtype is not torch.float32:
-        from framework.engine.vllm import norms  # needs a kernel compiler
-
         shared = norms.arguments()
+        head_norms.install()
+    attention_splits.install(exact=exact)
+    exact_linear.install(exact=exact)
+    token_logprobs.install()
     graphs = {"cudagraph_mode": "FULL_DECODE_ONLY"}
     return {**shared, "compilation_config": {**shared.get("compilation_config", {}), **graphs}}
 
@@ -312,7 +318,7 @@ def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:
     if device.compiles_kernels:
         from framework.engine.vllm import fused_lora  # needs a kernel compiler
 
-        layout = fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width)
+        layout = fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width, exact=options.exact)
     return {
         "additional_config": layout,
         "enable_lora": True,

@@ -26,6 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from framework.errors import ConfigError
+from framework.kernels.product import product
+
 MAX_SHARE = 4
 """The rows of A may be at most one in so many of the base's."""
 EXTENDED = "tandem_extended"
@@ -80,7 +83,7 @@ def expand(full: Tensor, b: list[Tensor], slot_of: Tensor) -> Tensor:
     tokens, slots, rank = len(full), b[0].shape[0], b[0].shape[3]
     sizes = [part.shape[2] for part in b] + [0] * (3 - len(b))
     y = full.new_empty(tokens, sum(sizes))
-    block_m, block_n = (64, 64) if tokens > 32 else (32, 64)
+    block_m, block_n = 64, 64  # also for few tokens: a smaller tile is another instruction, which sums otherwise
     grid = (triton.cdiv(tokens, block_m), sum(triton.cdiv(size, block_n) for size in sizes))
     # Slices are found by their distance from the first: Triton does not choose between pointers.
     far = [(part.data_ptr() - b[0].data_ptr()) // b[0].element_size() for part in b] + [0] * (3 - len(b))
@@ -92,7 +95,9 @@ def expand(full: Tensor, b: list[Tensor], slot_of: Tensor) -> Tensor:
     return y
 
 
-def linear_with_slots(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, no_adapter: Tensor) -> Tensor:
+def linear_with_slots(
+    x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, no_adapter: Tensor, exact: bool
+) -> Tensor:
     """``[T, in] -> [T, out]``; the operator that vLLM's graphs call.
 
     Args:
@@ -101,31 +106,28 @@ def linear_with_slots(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Ten
         b: see :func:`expand`.
         slot_of: see :func:`expand`.
         no_adapter: one bool on the host: no token of the batch has an adapter. Read at capture, as vLLM's operators do.
+        exact: with products whose rows do not depend on the batch.
     """
+    multiply = product if exact else torch.nn.functional.linear
     if no_adapter.item():
-        return product(x, extended[: sum(part.shape[2] for part in b)])
-    return expand(product(x, extended), b, slot_of)
+        return multiply(x, extended[: sum(part.shape[2] for part in b)])
+    return expand(multiply(x, extended), b, slot_of)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T as vLLM's linears make it."""
-    from vllm import envs
-    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
-
-    return (linear_batch_invariant if envs.VLLM_BATCH_INVARIANT else torch.nn.functional.linear)(x, weight)
-
-
-def _shape_only(x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, no_adapter: Tensor) -> Tensor:
+def _shape_only(
+    x: Tensor, extended: Tensor, b: list[Tensor], slot_of: Tensor, no_adapter: Tensor, exact: bool
+) -> Tensor:
     return x.new_empty(x.shape[0], sum(part.shape[2] for part in b))
 
 
-def install(parents: tuple[str, ...], *, slots: int, rank: int) -> dict[str, str]:
+def install(parents: tuple[str, ...], *, slots: int, rank: int, exact: bool) -> dict[str, str]:
     """Makes the engine that starts next in this process keep A behind the base weights of these linears.
 
     Args:
         parents: names of the linears with adapters, e.g. ``("qkv_proj", "down_proj")``.
         slots: adapters the engine holds at once.
         rank: width of a slot.
+        exact: with products whose rows do not depend on the batch.
 
     Returns:
         What vLLM must know, to keep compiled graphs of this layout apart from others in its cache.
@@ -137,7 +139,7 @@ def install(parents: tuple[str, ...], *, slots: int, rank: int) -> dict[str, str
     if not hasattr(torch.ops.vllm, "tandem_linear_with_slots"):
         direct_register_custom_op("tandem_linear_with_slots", linear_with_slots, fake_impl=_shape_only)
     UnquantizedLinearMethod.create_weights = _extending(
-        _original(UnquantizedLinearMethod, "create_weights"), parents, slots, rank
+        _original(UnquantizedLinearMethod, "create_weights"), parents, slots, rank, exact
     )
     for kind in (
         base_linear.BaseLinearLayerWithLoRA,
@@ -145,8 +147,8 @@ def install(parents: tuple[str, ...], *, slots: int, rank: int) -> dict[str, str
     ):
         kind.create_lora_weights = _placing(_original(kind, "create_lora_weights"))
     base = base_linear.BaseLinearLayerWithLoRA
-    base._apply_sync = _applying(_original(base, "_apply_sync"))
-    return {"tandem_lora": f"A behind the weight where it is at most 1/{MAX_SHARE} of it"}
+    base._apply_sync = _applying(_original(base, "_apply_sync"), exact)
+    return {"tandem_lora": f"A behind the weight where it is at most 1/{MAX_SHARE} of it, exact: {exact}"}
 
 
 def _original(kind: Any, name: str) -> Any:
@@ -155,7 +157,7 @@ def _original(kind: Any, name: str) -> Any:
     return getattr(method, "replaces", method)
 
 
-def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -> Callable[..., None]:
+def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int, exact: bool) -> Callable[..., None]:
     def create_weights(
         method: Any,
         layer: Any,
@@ -166,7 +168,10 @@ def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -
     ) -> None:
         width, parts = input_size_per_partition, output_partition_sizes
         rows, more = sum(parts), len(parts) * slots * rank
-        if layer.prefix.rpartition(".")[2] not in parents or layer.has_bias or more * MAX_SHARE > rows:
+        with_adapter = layer.prefix.rpartition(".")[2] in parents
+        if not with_adapter or layer.has_bias or more * MAX_SHARE > rows:
+            if with_adapter and exact:
+                raise ConfigError(_why_not_exact(layer, rows, slots, rank, len(parts)))
             original(method, layer, width, parts, *others, **named)
             return
         # One allocation: a second one, of which the first is then freed, leaves the pool of the weights full of holes.
@@ -178,6 +183,18 @@ def _extending(original: Any, parents: tuple[str, ...], slots: int, rank: int) -
 
     create_weights.replaces = original  # type: ignore[attr-defined]
     return create_weights
+
+
+def _why_not_exact(layer: Any, rows: int, slots: int, rank: int, parts: int) -> str:
+    if layer.has_bias:
+        return (
+            f"numerics=exact: {layer.prefix} has a bias, and with an adapter on it vLLM's own kernels sum in another "
+            f"order; use numerics=fast, or lora.targets without its projections"
+        )
+    return (
+        f"numerics=exact: the adapters of {layer.prefix} have {parts} x {slots} x {rank} rows, the layer {rows}; they "
+        f"may be a quarter of it: lower engine.max_adapters={slots} or lora.rank"
+    )
 
 
 def _placing(original: Any) -> Callable[..., None]:
@@ -195,7 +212,7 @@ def _placing(original: Any) -> Callable[..., None]:
     return create_lora_weights
 
 
-def _applying(original: Any) -> Callable[..., Tensor]:
+def _applying(original: Any, exact: bool) -> Callable[..., Tensor]:
     def apply_sync(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         extended = getattr(layer.base_layer, EXTENDED, None)
         if extended is None or bias is not None or x.ndim != 2:
@@ -203,7 +220,7 @@ def _applying(original: Any) -> Callable[..., Tensor]:
         meta = layer.punica_wrapper.token_mapping_meta
         slot_of = meta.token_lora_mapping[: x.size(0)]
         b = list(layer.lora_b_stacked)
-        return torch.ops.vllm.tandem_linear_with_slots(x, extended, b, slot_of, meta.no_lora_flag_cpu)
+        return torch.ops.vllm.tandem_linear_with_slots(x, extended, b, slot_of, meta.no_lora_flag_cpu, exact)
 
     apply_sync.replaces = original  # type: ignore[attr-defined]
     return apply_sync

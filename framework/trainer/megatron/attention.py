@@ -3,7 +3,8 @@
 Sequences lie end to end in one token axis. A plan, made once per microbatch, says how to attend within each. On a GPU
 by the engine's kernel, so that the trainer's forward pass has the engine's bits, with cuDNN's backward kernel where
 Transformer Engine brings it, else torch's; without it one sequence alone goes through torch's cuDNN both ways, whose
-backward pass is 1.6 times as fast. Elsewhere by dense products over buckets of sequences of similar length.
+backward pass is 1.6 times as fast, unless the bits are asked for (``numerics=exact``). Elsewhere by dense products over
+buckets of sequences of similar length.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class PackedPlan:
     buckets: tuple[Bucket, ...]
     """Empty where a variable-length kernel is used."""
     kernel: Any
-    """The engine's operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where torch's or none is used."""
+    """The engine's operator ``(q, k, v, cu_seqlens, max_seqlen) -> (out, lse)``; None where another is used."""
     backward: Any
     """What goes with that kernel, of :func:`backward_kernel`."""
 
@@ -111,8 +112,13 @@ def plan(
 
 def backward_kernel(head_dim: int, *, transformer_engine: bool) -> Any:
     """What goes with the engine's kernel: cuDNN's where Transformer Engine is loaded and has one, else torch's."""
-    by_cudnn = transformer_engine and head_dim <= cudnn_backward.LARGEST_HEAD
-    return cudnn_backward.attention_backward if by_cudnn else flash.attention_backward
+    there = transformer_engine and head_dim <= cudnn_backward.LARGEST_HEAD
+    return cudnn_backward.attention_backward if there else flash.attention_backward
+
+
+def by_cudnn(backward: Any) -> bool:
+    """Whether this is cuDNN's, as fast for one sequence alone as torch's own pair of kernels."""
+    return backward is cudnn_backward.attention_backward
 
 
 def rotate(x: Tensor, packed: PackedPlan) -> Tensor:
@@ -134,10 +140,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedPlan) -> Tensor:
     """
     if packed.buckets:
         return BucketAttention.apply(q, k, v, packed.buckets).flatten(1)
-    several = len(packed.cu_seqlens) > 2
-    if packed.kernel is not None and (several or packed.backward is cudnn_backward.attention_backward):
+    if packed.kernel is not None:
         return flash.FlashAttention.apply(q, k, v, packed).flatten(1)
-    return _attend_varlen(q, k, v, packed) if several else _attend_alone(q, k, v)
+    return _attend_varlen(q, k, v, packed) if len(packed.cu_seqlens) > 2 else _attend_alone(q, k, v)
 
 
 def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

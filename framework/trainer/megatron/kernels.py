@@ -6,6 +6,7 @@ rotation once, at their end; silu(gate) also before the product with up.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from framework.kernels import norm_rotate
+from framework.kernels.norm_rotate import split_norm_rotate
+from framework.kernels.product import product
 from framework.kernels.rms_norm import rms_norm, warps
+from framework.kernels.vocabulary import statistics
 from framework.trainer.megatron.pointwise import Heads, Pointwise, VocabGradient, VocabStats, turn
 
 
@@ -106,79 +111,45 @@ class _Swiglu(torch.autograd.Function):
 
 
 @triton.jit
-def _norm_rotate_forward(  # type: ignore[no-untyped-def]
-    x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, eps,
-    QUERY: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, HALF)
-    inside = column < DIM // 2
-    source = x_ptr + (token * (QUERY + 2 * KV) + head) * DIM + column
-    raw1 = tl.load(source, mask=inside, other=0.0)
-    raw2 = tl.load(source + DIM // 2, mask=inside, other=0.0)
-    if head >= QUERY + KV:
-        target = v_ptr + (token * KV + head - QUERY - KV) * DIM + column
-        tl.store(target, raw1, mask=inside)
-        tl.store(target + DIM // 2, raw2, mask=inside)
-    else:
-        x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
-        if NORM:
-            rstd = tl.rsqrt((tl.sum(x1 * x1) + tl.sum(x2 * x2)) / DIM + eps)
-            w_ptr = qw_ptr if head < QUERY else kw_ptr
-            w1 = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            w2 = tl.load(w_ptr + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-            x1 = (x1 * rstd * w1).to(raw1.dtype).to(tl.float32)
-            x2 = (x2 * rstd * w2).to(raw1.dtype).to(tl.float32)
-        cos = tl.load(cos_ptr + token * DIM + column, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * DIM + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-        y1 = x1 * cos - x2 * sin
-        y2 = x2 * cos + x1 * sin
-        if head < QUERY:
-            target = q_ptr + (token * QUERY + head) * DIM + column
-        else:
-            target = k_ptr + (token * KV + head - QUERY) * DIM + column
-        tl.store(target, y1, mask=inside)
-        tl.store(target + DIM // 2, y2, mask=inside)
-
-
-@triton.jit
 def _norm_rotate_backward(  # type: ignore[no-untyped-def]
-    x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, eps,
-    QUERY: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,  # noqa: N803
+    x_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, angle_stride, dq_ptr, dk_ptr, dv_ptr, dx_ptr, eps,
+    QUERY: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,  # noqa: N803
+    NORM: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, HALF)
-    inside = column < DIM // 2
-    place = (token * (QUERY + 2 * KV) + head) * DIM + column
-    if head >= QUERY + KV:
-        source = dv_ptr + (token * KV + head - QUERY - KV) * DIM + column
-        g1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        g2 = tl.load(source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-    else:
-        if head < QUERY:
-            source = dq_ptr + (token * QUERY + head) * DIM + column
-        else:
-            source = dk_ptr + (token * KV + head - QUERY) * DIM + column
-        d1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        d2 = tl.load(source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + token * DIM + column, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * DIM + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-        g1 = d1 * cos + d2 * sin
-        g2 = d2 * cos - d1 * sin
-        if NORM:
-            x1 = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            x2 = tl.load(x_ptr + place + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-            rstd = tl.rsqrt((tl.sum(x1 * x1) + tl.sum(x2 * x2)) / DIM + eps)
-            w_ptr = qw_ptr if head < QUERY else kw_ptr
-            g1 *= tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            g2 *= tl.load(w_ptr + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
-            x1, x2 = x1 * rstd, x2 * rstd
-            mean = (tl.sum(x1 * g1) + tl.sum(x2 * g2)) / DIM
-            g1, g2 = (g1 - x1 * mean) * rstd, (g2 - x2 * mean) * rstd
-    tl.store(dx_ptr + place, g1, mask=inside)
-    tl.store(dx_ptr + place + DIM // 2, g2, mask=inside)
+    width = (column < DIM // 2)[None, :]
+    is_q, is_k = (head < QUERY)[:, None], ((head >= QUERY) & (head < QUERY + KV))[:, None]
+    is_v = ((head >= QUERY + KV) & (head < QUERY + 2 * KV))[:, None]
+    place = token * (QUERY + 2 * KV) * DIM + (head * DIM)[:, None] + column[None, :]
+    from_q = dq_ptr + token * QUERY * DIM + (head * DIM)[:, None] + column[None, :]
+    from_k = dk_ptr + token * KV * DIM + ((head - QUERY) * DIM)[:, None] + column[None, :]
+    from_v = dv_ptr + token * KV * DIM + ((head - QUERY - KV) * DIM)[:, None] + column[None, :]
+    d1 = tl.load(from_q, mask=is_q & width, other=0.0).to(tl.float32)
+    d1 += tl.load(from_k, mask=is_k & width, other=0.0).to(tl.float32)
+    d2 = tl.load(from_q + DIM // 2, mask=is_q & width, other=0.0).to(tl.float32)
+    d2 += tl.load(from_k + DIM // 2, mask=is_k & width, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * angle_stride + column[None, :], mask=width, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * angle_stride + column[None, :], mask=width, other=0.0).to(tl.float32)
+    g1 = d1 * cos + d2 * sin
+    g2 = d2 * cos - d1 * sin
+    if NORM:
+        x1 = tl.load(x_ptr + place, mask=(is_q | is_k) & width, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + place + DIM // 2, mask=(is_q | is_k) & width, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
+        qw1 = tl.load(qw_ptr + column[None, :], mask=width, other=0.0).to(tl.float32)
+        qw2 = tl.load(qw_ptr + DIM // 2 + column[None, :], mask=width, other=0.0).to(tl.float32)
+        kw1 = tl.load(kw_ptr + column[None, :], mask=width, other=0.0).to(tl.float32)
+        kw2 = tl.load(kw_ptr + DIM // 2 + column[None, :], mask=width, other=0.0).to(tl.float32)
+        g1, g2 = g1 * tl.where(is_q, qw1, kw1), g2 * tl.where(is_q, qw2, kw2)
+        x1, x2 = x1 * rstd, x2 * rstd
+        mean = ((tl.sum(x1 * g1, axis=1) + tl.sum(x2 * g2, axis=1)) / DIM)[:, None]
+        g1, g2 = (g1 - x1 * mean) * rstd, (g2 - x2 * mean) * rstd
+    g1 += tl.load(from_v, mask=is_v & width, other=0.0).to(tl.float32)
+    g2 += tl.load(from_v + DIM // 2, mask=is_v & width, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + place, g1, mask=(is_q | is_k | is_v) & width)
+    tl.store(dx_ptr + place + DIM // 2, g2, mask=(is_q | is_k | is_v) & width)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -187,12 +158,8 @@ class _NormRotate(torch.autograd.Function):
         ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: Heads, norm: bool
     ) -> tuple[Tensor, ...]:
         qkv = qkv.contiguous()
-        tokens = len(qkv)
-        q = qkv.new_empty(tokens, heads.query, heads.dim)
-        k, v = qkv.new_empty(2, tokens, heads.kv, heads.dim).unbind(0)
-        _norm_rotate_forward[(tokens, heads.query + 2 * heads.kv)](
-            qkv, q_weight, k_weight, cos, sin, q, k, v, heads.eps, **_shape(heads, norm)
-        )
+        weights = (q_weight, k_weight) if norm else None
+        q, k, v = split_norm_rotate(qkv, weights, *_angles(cos, sin), query=heads.query, kv=heads.kv, eps=heads.eps)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
         ctx.heads, ctx.norm = heads, norm
         return q, k, v
@@ -203,9 +170,11 @@ class _NormRotate(torch.autograd.Function):
         dq, dk, dv = (grad.contiguous() for grad in grads)
         heads: Heads = ctx.heads
         dx = torch.empty_like(qkv)
-        _norm_rotate_backward[(len(qkv), heads.query + 2 * heads.kv)](
-            qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dx, heads.eps, **_shape(heads, ctx.norm)
-        )
+        angles = _angles(cos, sin)
+        _norm_rotate_backward[(len(qkv), triton.cdiv(heads.query + 2 * heads.kv, norm_rotate.HEADS))](
+            qkv, q_weight, k_weight, *angles, angles[0].stride(0), dq, dk, dv, dx, heads.eps,
+            NORM=ctx.norm, **norm_rotate.shape(heads.query, heads.kv, heads.dim),
+        )  # fmt: skip
         if not (ctx.norm and ctx.needs_input_grad[1]):
             return dx, None, None, None, None, None, None
         q, k, _ = qkv.unflatten(1, (-1, heads.dim)).split([heads.query, heads.kv, heads.kv], dim=1)
@@ -216,9 +185,10 @@ class _NormRotate(torch.autograd.Function):
         return dx, *weight_gradients, None, None, None, None
 
 
-def _shape(heads: Heads, norm: bool) -> dict[str, Any]:
-    half = triton.next_power_of_2(heads.dim // 2)
-    return {"QUERY": heads.query, "KV": heads.kv, "DIM": heads.dim, "HALF": half, "NORM": norm, "num_warps": 1}
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``[T, dim / 2]`` each, of the plan's ``[T, 1, dim]``, whose sines are negated in the first half."""
+    half = cos.shape[-1] // 2
+    return cos[:, 0, :half], sin[:, 0, half:]
 
 
 def norm_and_rotate(
@@ -230,44 +200,10 @@ def norm_and_rotate(
     return _NormRotate.apply(qkv, *weights, cos, sin, heads, norm)
 
 
-@triton.jit
-def _vocab_stats(  # type: ignore[no-untyped-def]
-    z_ptr, target_ptr, top_ptr, total_ptr, weighted_ptr, picked_ptr, rows, inverse_temperature,
-    BLOCK: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    position = tl.program_id(0)
-    row = z_ptr + position.to(tl.int64) * rows
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, rows, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < rows
-        z = tl.load(row + column, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
-        higher = tl.where(inside, tl.maximum(top, z), top)
-        old = tl.where(top == higher, 1.0, tl.exp(top - higher))
-        new = tl.where(inside, tl.exp(z - higher), 0.0)
-        total = total * old + new
-        weighted = weighted * old + new * z
-        top = higher
-    best = tl.max(top)
-    factor = tl.exp(top - best)
-    tl.store(top_ptr + position, best)
-    tl.store(total_ptr + position, tl.sum(total * factor))
-    tl.store(weighted_ptr + position, tl.sum(weighted * factor))
-    target = tl.load(target_ptr + position)
-    mine = (target >= 0) & (target < rows)
-    z = tl.load(row + tl.where(mine, target, 0)).to(tl.float32) * inverse_temperature
-    tl.store(picked_ptr + position, tl.where(mine, z, 0.0))
-
-
 def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabStats:
     """See :attr:`Pointwise.vocab_stats`."""
-    logits = logits.contiguous()
-    n, rows = logits.shape
-    out = torch.empty(4, n, dtype=torch.float32, device=logits.device)
-    _vocab_stats[(n,)](logits, targets, *out.unbind(0), rows, 1.0 / temperature, BLOCK=2048, num_warps=8)
-    return VocabStats(top=out[0], total=out[1], weighted=out[2], picked=out[3])
+    top, total, weighted, picked = statistics(logits.contiguous(), targets, temperature).unbind(0)
+    return VocabStats(top=top, total=total, weighted=weighted, picked=picked)
 
 
 @triton.jit
@@ -338,13 +274,31 @@ def add_delta(y: Tensor, u: Tensor, b: Tensor) -> None:
     )  # fmt: skip
 
 
+class _Product(torch.autograd.Function):
+    """The gradients are the library's: nobody compares them bit for bit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return dy @ weight if needs_x else None, dy.t() @ x if needs_weight else None, dy.sum(0) if needs_bias else None
+
+
 KERNELS = Pointwise(
     rms_norm=_RmsNorm.apply,
     swiglu=_Swiglu.apply,
     norm_and_rotate=norm_and_rotate,
+    product=torch.nn.functional.linear,
     logits=logits_in_float32,
     add_delta=add_delta,
     vocab_stats=vocab_stats,
     vocab_gradient=vocab_gradient,
     chunk_bytes=320 * 2**20,
 )
+EXACT = replace(KERNELS, product=_Product.apply)
+"""With ``numerics=exact``: a row's product does not depend on how many rows there are."""

@@ -47,7 +47,7 @@ def _linear(kind: type[Linear], path: str, context: LayerContext) -> Linear:
         context.mesh,
         context.switch,
         sequence_parallel=context.sequence_parallel,
-        add_delta=context.pointwise.add_delta,
+        pointwise=context.pointwise,
     )
 
 

@@ -17,7 +17,7 @@ those of replicated factors (A above, B below) are partial until the optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,7 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from framework.distributed import Mesh
-
-AddDelta = Callable[[Tensor, Tensor, Tensor], None]
+from framework.trainer.megatron.pointwise import Pointwise
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,12 +83,12 @@ class _LoraMatmul(torch.autograd.Function):
         bias: Tensor | None,
         factors: ModuleFactors,
         mask: Tensor | None,
-        add_delta: AddDelta,
+        pointwise: Pointwise,
     ) -> Tensor:
-        y = nn.functional.linear(x, weight, bias)
-        u = (x if mask is None else x * mask) @ factors.a_all.t()
+        y = pointwise.product(x, weight, bias)
+        u = pointwise.product(x if mask is None else x * mask, factors.a_all, None)
         for part in factors.slices:
-            add_delta(y[:, part.rows], u[:, part.columns], part.b)
+            pointwise.add_delta(y[:, part.rows], u[:, part.columns], part.b)
         ctx.save_for_backward(x, weight, u, mask)
         ctx.factors = factors
         return y
@@ -123,11 +122,10 @@ class ParallelLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, path: str, mesh: Mesh, switch: LoraSwitch, *, sequence_parallel: bool, add_delta: AddDelta
+        self, path: str, mesh: Mesh, switch: LoraSwitch, *, sequence_parallel: bool, pointwise: Pointwise
     ) -> None:
-        """``add_delta`` is :attr:`Pointwise.add_delta`."""
         super().__init__()
-        self.add_delta = add_delta
+        self.pointwise = pointwise
         self.path = path
         self.mesh = mesh
         self.switch = switch
@@ -139,8 +137,8 @@ class ParallelLinear(nn.Module):
         """``[T, in_local] -> [T, out_local]``, with the switched-on adapter."""
         factors = self.switch.modules.get(self.path)
         if factors is None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return _LoraMatmul.apply(x, self.weight, self.bias, factors, self._mask(x, factors), self.add_delta)
+            return self.pointwise.product(x, self.weight, self.bias)
+        return _LoraMatmul.apply(x, self.weight, self.bias, factors, self._mask(x, factors), self.pointwise)
 
     def _mask(self, x: Tensor, factors: ModuleFactors) -> Tensor | None:
         """Dropout multipliers of x, the same values for every tensor-parallel size: drawn whole, then sliced."""

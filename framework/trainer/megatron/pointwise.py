@@ -1,7 +1,7 @@
-"""What a layer computes between its matrix products: norms, rotation, SwiGLU, and the softmax over the vocabulary.
+"""What a layer computes: products, and between them norms, rotation, SwiGLU, and the softmax over the vocabulary.
 
-Two implementations of one record of functions: plain torch here, one kernel per function in ``kernels.py`` where the
-device has a kernel compiler. The plain ones are the definition; the kernels round where the engine's kernels round.
+Implementations of one record of functions: plain torch here, kernels in ``kernels.py`` where the device has a kernel
+compiler. The plain ones are the definition; the kernels round where the engine's kernels round.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Pointwise:
     norm_and_rotate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Heads], tuple[Tensor, ...]]
     """(qkv ``[T, rows]``, q and k norm weights ``[dim]`` or None, cos and sin ``[T, 1, dim]``, heads) to
     q ``[T, query, dim]``, k and v ``[T, kv, dim]``; sin has its first half negated."""
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(x ``[T, in]``, weight ``[out, in]``, bias ``[out]`` or None) to ``[T, out]``, of the layers' linears."""
     logits: Callable[[Tensor, Tensor], Tensor]
     """(hidden ``[n, hidden]``, weight ``[rows, hidden]``) to ``[n, rows]``; float32 where that costs nothing, because a
     bfloat16 logit between 16 and 32 is a multiple of 1/8. The engine's logits must be rounded alike."""
@@ -205,6 +207,7 @@ PLAIN = Pointwise(
     rms_norm=rms_norm,
     swiglu=swiglu,
     norm_and_rotate=norm_and_rotate,
+    product=F.linear,
     logits=lambda hidden, weight: hidden @ weight.t(),
     add_delta=add_delta,
     vocab_stats=vocab_stats,

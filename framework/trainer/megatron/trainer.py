@@ -24,7 +24,7 @@ from framework.models.spec import ModelSpec
 from framework.trainer.base import ForwardBackwardResult, ForwardResult, LoraShard, OptimResult
 from framework.trainer.megatron import compat, cudnn_backward
 from framework.trainer.megatron.adapter import AdapterState
-from framework.trainer.megatron.attention import backward_kernel, inverse_frequencies, plan
+from framework.trainer.megatron.attention import backward_kernel, by_cudnn, inverse_frequencies, plan
 from framework.trainer.megatron.base_state import BaseState
 from framework.trainer.megatron.layers import LayerContext
 from framework.trainer.megatron.logprobs import VocabShard, logprobs_and_entropy
@@ -50,6 +50,7 @@ class MegatronTrainer:
         sequence_parallel: bool,
         recompute: str,
         attention: Any = None,
+        exact: bool = False,
     ) -> None:
         """Builds the model around ``weights``, which are neither copied nor changed.
 
@@ -62,6 +63,7 @@ class MegatronTrainer:
             sequence_parallel: split norms and residuals over the sequence; has an effect with two ranks or more.
             recompute: one of :data:`RECOMPUTE`.
             attention: the engine's kernel, see :attr:`PackedPlan.kernel`; None for the trainer's own.
+            exact: a token's forward pass has the same bits whatever it is computed with, those of an exact engine's.
         """
         if recompute not in RECOMPUTE:
             raise ConfigError(f"trainer.recompute={recompute!r}: must be one of {list(RECOMPUTE)}")
@@ -76,25 +78,18 @@ class MegatronTrainer:
             switch=self._switch,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
-            pointwise=_pointwise(device),
+            pointwise=_pointwise(device, exact=exact),
         )
         self._model = build_model(context, dtype)
         self._weights = bind_weights(self._model, weights)
         self._head = self._weights.get(LM_HEAD.name, self._weights[EMBEDDING.name])
-        start = mesh.tp_rank * len(self._head)
-        rows = min(max(spec.vocab_size - start, 0), len(self._head))
-        self._vocab = VocabShard(
-            weight=self._head[:rows],
-            start=start,
-            padded_rows=len(self._head),
-            group=mesh.tp_group,
-            group_size=mesh.tp_size,
-            pointwise=context.pointwise,
-        )
+        self._vocab = _vocab_shard(spec, mesh, self._head, context.pointwise)
         self._attention = attention
         self._attention_backward = backward_kernel(
             spec.head_dim, transformer_engine=attention is not None and cudnn_backward.load()
         )
+        # One sequence alone has a faster pair of kernels, torch's own of cuDNN, where neither bits nor a backward ask.
+        self._attention_alone = attention if exact or by_cudnn(self._attention_backward) else None
         self._frequencies = inverse_frequencies(spec).to(device.torch_device)
         self._states: dict[str, AdapterState | BaseState] = {}
 
@@ -300,7 +295,7 @@ class MegatronTrainer:
             self._frequencies,
             dtype=self.dtype,
             varlen=self.device.varlen_attention,
-            kernel=self._attention,
+            kernel=self._attention if len(cu_seqlens) > 2 else self._attention_alone,
             backward=self._attention_backward,
         )
         hidden = self._model(tokens[None], positions[None], attention_mask=None, packed_seq_params=packed)
@@ -345,12 +340,25 @@ class MegatronTrainer:
         )
 
 
-def _pointwise(device: Device) -> Pointwise:
+def _vocab_shard(spec: ModelSpec, mesh: Mesh, head: Tensor, pointwise: Pointwise) -> VocabShard:
+    start = mesh.tp_rank * len(head)
+    rows = min(max(spec.vocab_size - start, 0), len(head))
+    return VocabShard(
+        weight=head[:rows],
+        start=start,
+        padded_rows=len(head),
+        group=mesh.tp_group,
+        group_size=mesh.tp_size,
+        pointwise=pointwise,
+    )
+
+
+def _pointwise(device: Device, *, exact: bool) -> Pointwise:
     if not device.compiles_kernels:
         return PLAIN
-    from framework.trainer.megatron.kernels import KERNELS  # needs a kernel compiler
+    from framework.trainer.megatron.kernels import EXACT, KERNELS  # need a kernel compiler
 
-    return KERNELS
+    return EXACT if exact else KERNELS
 
 
 def _merge(metrics: dict[str, Metric], new: Mapping[str, Metric]) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from framework.errors import ConfigError
+
 pytestmark = pytest.mark.gpu
 
 SHAPES = {
@@ -80,8 +82,8 @@ def test_without_adapters_it_is_the_base_product() -> None:
 
     x, extended, b = draw(16, 96), draw(200 + 64, 96), [draw(2, 1, 200, 32)]
     slot_of = torch.full((16,), -1, dtype=torch.int32, device=x.device)
-    for nobody in (True, False):
-        got = linear_with_slots(x, extended, b, slot_of, torch.tensor([nobody]))
+    for nobody, exact in ((True, False), (False, False), (True, True), (False, True)):
+        got = linear_with_slots(x, extended, b, slot_of, torch.tensor([nobody]), exact)
         assert torch.allclose(got, torch.nn.functional.linear(x, extended[:200]), rtol=2**-7, atol=2**-7)
 
 
@@ -91,7 +93,7 @@ def test_only_wide_enough_linears_with_adapters_and_without_bias_are_extended() 
     def create(method: Any, layer: Any, width: int, parts: list[int], *others: Any, **named: Any) -> None:
         layer.weight = torch.nn.Parameter(torch.ones(sum(parts), width), requires_grad=False)
 
-    extending = fused_lora._extending(create, ("o_proj",), 2, 8)
+    extending = fused_lora._extending(create, ("o_proj",), 2, 8, exact=False)
     for prefix, rows, has_bias, extended in (
         ("model.layers.0.self_attn.o_proj", 64, False, True),
         ("model.layers.0.self_attn.o_proj", 63, False, False),
@@ -107,14 +109,27 @@ def test_only_wide_enough_linears_with_adapters_and_without_bias_are_extended() 
             assert getattr(layer, fused_lora.EXTENDED).shape == (64 + 16, 5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "has_bias", "message"),
+    [(64, True, "o_proj has a bias"), (63, False, r"1 x 2 x 8 rows, the layer 63.*engine.max_adapters=2")],
+)
+def test_exact_a_linear_that_would_keep_vllms_kernels_is_refused(rows: int, has_bias: bool, message: str) -> None:
+    from framework.engine.vllm import fused_lora
+
+    extending = fused_lora._extending(lambda *args, **named: None, ("o_proj",), 2, 8, exact=True)
+    layer = SimpleNamespace(prefix="model.layers.0.self_attn.o_proj", has_bias=has_bias)
+    with pytest.raises(ConfigError, match=f"numerics=exact: .*{message}"):
+        extending(None, layer, input_size_per_partition=5, output_partition_sizes=[rows])
+
+
 def test_a_second_engine_of_the_process_replaces_vllms_methods_and_not_ours() -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     from framework.engine.vllm import fused_lora
 
-    fused_lora.install(("o_proj",), slots=2, rank=8)
+    fused_lora.install(("o_proj",), slots=2, rank=8, exact=False)
     first: Any = vars(UnquantizedLinearMethod)["create_weights"]
-    fused_lora.install(("o_proj",), slots=4, rank=8)
+    fused_lora.install(("o_proj",), slots=4, rank=8, exact=True)
     second: Any = vars(UnquantizedLinearMethod)["create_weights"]
     assert first is not second
     assert first.replaces is second.replaces

@@ -119,3 +119,43 @@ def test_the_size_is_replaced_inside_the_block_only() -> None:
     with internals.cache_sized_by(lambda profile: 7):
         assert Launcher.determine_available_memory is not original
     assert Launcher.determine_available_memory is original
+
+
+@pytest.mark.gpu
+def test_steps_are_described_to_the_attention_kernel_where_pieces_are_counted() -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    builder = flash_attn.FlashAttentionMetadataBuilder
+    build = vars(builder)["build"]
+    build = getattr(build, "replaces", build)
+    assert arguments(build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
+    assert "max_num_splits = self.max_num_splits" in source(build)
+    made = source(builder.__init__)
+    assert all(f"self.{name} =" in made for name in ("headdim", "num_heads_kv", "max_num_splits"))
+    assert "num_splits=attn_metadata.max_num_splits" in source(flash_attn.FlashAttentionImpl.forward)
+
+
+@pytest.mark.gpu
+def test_the_sampler_scores_tokens_by_the_function_that_is_replaced() -> None:
+    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, sampler
+
+    assert arguments(logprob.compute_topk_scores) == [
+        "logits",
+        "num_logprobs",
+        "sampled_token_ids",
+        "cu_num_logits",
+        "logprob_token_ids_state",
+        "expanded_idx_mapping",
+        "max_per_req_token_ids",
+        "logits_mode",
+    ]
+    for user in (sampler, prompt_logprob):
+        assert "compute_topk_scores(" in source(user)
+
+
+@pytest.mark.gpu
+def test_linears_multiply_by_the_method_that_is_replaced() -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    apply = vars(UnquantizedLinearMethod)["apply"]
+    assert arguments(getattr(apply, "replaces", apply)) == ["self", "layer", "x", "bias"]

@@ -44,7 +44,7 @@ def factors(present: tuple[int, ...], *, dropout: float = 0.0) -> ModuleFactors:
 
 
 def linear(mesh: Mesh, switch: LoraSwitch, kind: type[ParallelLinear] = ColumnParallelLinear) -> ParallelLinear:
-    module = kind("fused", mesh, switch, sequence_parallel=False, add_delta=PLAIN.add_delta)
+    module = kind("fused", mesh, switch, sequence_parallel=False, pointwise=PLAIN)
     module.weight, module.bias = random(sum(ROWS), IN, seed=1), random(sum(ROWS), seed=2)
     return module
 

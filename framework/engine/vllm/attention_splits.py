@@ -1,0 +1,55 @@
+"""Into how many pieces a request's keys are cut. Holds for vllm 0.26.0 with FlashAttention 3.
+
+Keys are cut so that a few long requests fill the device; a second kernel puts the pieces together, and the order of the
+sums depends on their number. vLLM records its graphs for many pieces, and then the second kernel runs in every layer
+also where nothing is cut. Here a decode step with enough requests to fill the device is recorded for one piece.
+
+With ``numerics=exact`` that holds for every step, so that a token's attention is the same sums however it is computed:
+read with its prompt, after a cached prefix, or alone. One more thing is needed for that: for heads of up to 64 the
+kernel takes a single query for not causal, and larger blocks of keys with it; it is told of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+FILLED = 0.8
+"""Of the device's multiprocessors: from there on FlashAttention 3 cuts nothing itself."""
+NOT_CAUSAL_ALONE = 64
+"""Size of heads up to which its kernel differs for a single query."""
+
+
+def install(*, exact: bool) -> None:
+    """Replaces how the engine that starts next in this process describes a step to its attention kernel."""
+    from vllm.utils.platform_utils import num_compute_units
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder as Builder
+
+    original = vars(Builder)["build"]
+    Builder.build = in_one_piece(
+        getattr(original, "replaces", original), exact=exact, multiprocessors=num_compute_units()
+    )
+
+
+def in_one_piece(original: Any, *, exact: bool, multiprocessors: int) -> Callable[..., Any]:
+    """``build`` of vLLM's builder, with one piece where that fills the device, or always."""
+
+    def build(builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        common = common_attn_metadata
+        filled = common.num_reqs * builder.num_heads_kv >= FILLED * multiprocessors
+        if not exact and not (filled and common.max_query_len == 1):
+            return original(builder, common_prefix_len, common, fast_build)
+        if exact and builder.headdim <= NOT_CAUSAL_ALONE:
+            common = replace(common, max_query_len=max(2, common.max_query_len))
+        kept, builder.max_num_splits = builder.max_num_splits, 1
+        try:
+            made = original(builder, common_prefix_len, common, fast_build)
+        finally:
+            builder.max_num_splits = kept
+        if exact and made.max_num_splits != 1:  # more tokens than a graph has: the schedule was made for any number
+            made.max_num_splits, made.scheduler_metadata = 1, None
+        return made
+
+    build.replaces = original  # type: ignore[attr-defined]
+    return build

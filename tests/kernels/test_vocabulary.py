@@ -1,0 +1,53 @@
+"""The engine's logprob and rank of a token, and the trainer's of the same logits, are one kernel's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+
+def logits_of(n: int, rows: int, stride: int) -> Tensor:
+    whole = torch.randn(n, stride, device=torch.accelerator.current_accelerator(), dtype=torch.float32)
+    return (3 * whole)[:, :rows]
+
+
+@pytest.mark.parametrize(("rows", "stride"), [(300, 300), (8192, 8192), (49152, 49152), (50003, 50048)])
+def test_the_logprob_and_rank_are_those_of_float64(rows: int, stride: int) -> None:
+    from framework.kernels.vocabulary import token_logprobs
+
+    logits = logits_of(70, rows, stride)
+    tokens = torch.randint(0, rows, (70,), device=logits.device)
+    logprobs, ranks = token_logprobs(logits, tokens)
+    chosen = logits.gather(1, tokens[:, None])
+    torch.testing.assert_close(
+        logprobs.double(), logits.double().log_softmax(1).gather(1, tokens[:, None])[:, 0], rtol=2e-6, atol=2e-6
+    )
+    assert torch.equal(ranks, (logits >= chosen).sum(1))
+
+
+@pytest.mark.parametrize("rows", [300, 49152, 50003])
+def test_the_trainers_statistics_give_the_engines_bits(rows: int) -> None:
+    from framework.kernels.vocabulary import statistics, token_logprobs
+
+    logits = logits_of(512, rows, rows).contiguous()
+    tokens = torch.randint(0, rows, (512,), device=logits.device)
+    top, total, _, picked = statistics(logits, tokens, 1.0).unbind(0)
+    assert torch.equal(token_logprobs(logits, tokens)[0], picked - (top + total.log()))
+    assert torch.equal(token_logprobs(logits[7:8], tokens[7:8])[0], token_logprobs(logits, tokens)[0][7:8])
+
+
+def test_a_temperature_is_divided_by_as_the_engine_does() -> None:
+    """vLLM's sampler divides the logits in place, in a kernel of its own."""
+    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+
+    from framework.kernels.vocabulary import statistics, token_logprobs
+
+    logits = logits_of(64, 50003, 50003).contiguous()
+    tokens = torch.randint(0, 50003, (64,), device=logits.device)
+    top, total, _, picked = statistics(logits, tokens, 0.7).unbind(0)
+    rows = torch.arange(64, dtype=torch.int32, device=logits.device)
+    apply_temperature(logits, rows, torch.full((64,), 0.7, device=logits.device))
+    assert torch.equal(token_logprobs(logits, tokens)[0], picked - (top + total.log()))

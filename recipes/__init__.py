@@ -33,8 +33,8 @@ def _evaluate(cfg: RunConfig) -> None:
     evaluate.run(prepared, _open(prepared))
 
 
-SAMPLING = ("environment", "engine", "sampling", "rollout", "parity")
-"""Sections of recipes with an engine."""
+SAMPLING = ("environment", "engine", "sampling", "rollout", "parity", "numerics")
+"""Sections and keys of recipes with an engine."""
 
 TABLES = ("evaluation.num_samples", "evaluation.adapter", "evaluation.environments")
 """Of the recipe evaluate; the others evaluate greedily on their own environment."""

@@ -14,11 +14,12 @@ from framework.device import open_device
 from framework.errors import ConfigError
 from framework.pair import check_exact
 
+HEADS_OF_64 = SimpleNamespace(head_dim=64)
 HOPPER = replace(open_device("cpu", local_rank=0), kind="gpu", has_shared_kernels=True)
 
 
 def refusal(values: dict[str, Any] | None = None, **base: Any) -> str | None:
-    found = {"device": HOPPER, "mesh": SimpleNamespace(tp_size=1), "dtype": torch.bfloat16, **base}
+    found = {"device": HOPPER, "mesh": SimpleNamespace(tp_size=1), "dtype": torch.bfloat16, "spec": HEADS_OF_64, **base}
     try:
         check_exact(to_typed({"numerics": "exact", **(values or {})}), SimpleNamespace(**found))  # type: ignore[arg-type]
     except ConfigError as error:
@@ -37,6 +38,7 @@ def test_exact_is_taken_where_both_sides_have_the_same_kernels() -> None:
         ({}, {"device": open_device("cpu", local_rank=0)}, "hardware.device=cpu"),
         ({}, {"mesh": SimpleNamespace(tp_size=2)}, "parallel.tensor_parallel_size=2"),
         ({"model": {"dtype": "float32"}}, {"dtype": torch.float32}, "model.dtype=float32"),
+        ({}, {"spec": SimpleNamespace(head_dim=80)}, "heads of 80"),
         ({"trainer": {"backend": "hf"}}, {}, "trainer.backend=hf"),
         ({"engine": {"backend": "trainer"}}, {}, "engine.backend=trainer"),
     ],

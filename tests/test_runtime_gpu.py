@@ -107,8 +107,8 @@ def test_exact_the_sampled_logprobs_are_the_trainers_bit_for_bit(
         temperature=temperature,
     )
     assert len(rank["sampled"]) == 8 * 150
-    assert np.array_equal(rank["trainer"], rank["sampled"].astype(np.float32))
-    assert np.array_equal(rank["alone"], rank["trainer"])
+    sampled = rank["sampled"].astype(np.float32)
+    assert {name: int((rank[name] != sampled).sum()) for name in ("trainer", "alone")} == {"trainer": 0, "alone": 0}
     assert np.abs(rank["base"] - rank["trainer"]).mean() > 0.1, "the adapter does something"
 
 

@@ -36,25 +36,28 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(place, total.to(y_ptr.dtype.element_ty), mask=(row < tokens)[:, None] & (column < size)[None, :])
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """x W^T, rounded, and then the bias.
 
     Args:
         x: ``[T, in]`` bfloat16 or float16.
         weight: ``[out, in]`` contiguous, of the same dtype; both multiples of 8, or the library uses other kernels.
         bias: ``[out]``.
+        out_dtype: float32 for the sums as they are; None rounds them to the inputs' dtype.
 
     Returns:
         ``[T, out]`` contiguous; row t depends on row t of x alone.
     """
     tokens, (size, inner) = len(x), weight.shape
     if tokens < FEW_ROWS:
-        x, y = x.contiguous(), x.new_empty(tokens, size)
+        x, y = x.contiguous(), x.new_empty(tokens, size, dtype=out_dtype)
         block_n = 32 if size <= 4096 else 64
         grid = (triton.cdiv(size, block_n), triton.cdiv(tokens, 64))
         _product[grid](
             x, weight, y, tokens, size, inner, BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=128, num_warps=4, num_stages=4
         )
+    elif out_dtype is not None:
+        y = torch.mm(x, weight.t(), out_dtype=out_dtype)
     else:
         y = torch.nn.functional.linear(x, weight)
     return y if bias is None else y + bias

@@ -151,6 +151,8 @@ def test_a_full_disk_at_export_leaves_nothing_half_written(tmp_path: Path, model
             "algorithm.loss=gsppo is unknown; did you mean gspo? one of ppo_clip, gspo, gspo_token, cispo, "
             "importance_sampling, reinforce",
         ),
+        ("numerics=exact", "numerics=exact with hardware.device=cpu, it needs kernels that both sides share, of an"),
+        ("numerics=exactly", "numerics='exactly': must be one of ['fast', 'exact']"),
         ("environment.args.sise=3", "environment.args.sise: environment arithmetic has no such argument, did you mean"),
     ],
 )

@@ -5,8 +5,8 @@ sums depends on their number. vLLM records its graphs for many pieces, and then 
 also where nothing is cut. Here a decode step with enough requests to fill the device is recorded for one piece.
 
 With ``numerics=exact`` that holds for every step, so that a token's attention is the same sums however it is computed:
-read with its prompt, after a cached prefix, or alone. One more thing is needed for that: for heads of up to 64 the
-kernel takes a single query for not causal, and larger blocks of keys with it; it is told of two.
+read with its prompt, after a cached prefix, or alone. One more thing is needed for that: for few queries the kernel has
+another tile, which for heads of up to 64 cuts the keys into other blocks; it is told of more queries than there are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 FILLED = 0.8
 """Of the device's multiprocessors: from there on FlashAttention 3 cuts nothing itself."""
-NOT_CAUSAL_ALONE = 64
-"""Size of heads up to which its kernel differs for a single query."""
+MANY_QUERIES = 65
+"""From so many on it takes the tile that it has for prompts."""
 
 
 def install(*, exact: bool) -> None:
@@ -40,8 +40,8 @@ def in_one_piece(original: Any, *, exact: bool, multiprocessors: int) -> Callabl
         filled = common.num_reqs * builder.num_heads_kv >= FILLED * multiprocessors
         if not exact and not (filled and common.max_query_len == 1):
             return original(builder, common_prefix_len, common, fast_build)
-        if exact and builder.headdim <= NOT_CAUSAL_ALONE:
-            common = replace(common, max_query_len=max(2, common.max_query_len))
+        if exact:
+            common = replace(common, max_query_len=max(MANY_QUERIES, common.max_query_len))
         kept, builder.max_num_splits = builder.max_num_splits, 1
         try:
             made = original(builder, common_prefix_len, common, fast_build)

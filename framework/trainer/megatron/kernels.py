@@ -300,5 +300,9 @@ KERNELS = Pointwise(
     vocab_gradient=vocab_gradient,
     chunk_bytes=320 * 2**20,
 )
-EXACT = replace(KERNELS, product=_Product.apply)
+EXACT = replace(
+    KERNELS,
+    product=_Product.apply,
+    logits=lambda hidden, weight: product(hidden, weight, out_dtype=torch.float32),
+)
 """With ``numerics=exact``: a row's product does not depend on how many rows there are."""

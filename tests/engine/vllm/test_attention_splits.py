@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.engine.vllm import attention_splits
-from framework.engine.vllm.attention_splits import in_one_piece
+from framework.engine.vllm.attention_splits import MANY_QUERIES, in_one_piece
 
 
 @dataclass
@@ -32,10 +31,10 @@ class Described:
 class Builder:
     """vLLM's, with eight key/value heads; beyond ``graphs`` requests it leaves the number of pieces open."""
 
-    headdim, num_heads_kv, max_num_splits = 128, 8, 32
+    num_heads_kv, max_num_splits = 8, 32
 
-    def __init__(self, *, headdim: int = 128, graphs: int = 256) -> None:
-        self.headdim, self.graphs = headdim, graphs
+    def __init__(self, *, graphs: int = 256) -> None:
+        self.graphs = graphs
 
     def build(self, common_prefix_len: int, common: Step, fast_build: bool = False) -> Described:
         pieces = self.max_num_splits if common.num_reqs <= self.graphs else 0
@@ -61,23 +60,20 @@ def test_a_decode_step_that_fills_the_device_is_in_one_piece(num_reqs: int, long
 @pytest.mark.parametrize(("num_reqs", "longest"), [(1, 1), (128, 1), (3, 900)])
 def test_exact_every_step_is(num_reqs: int, longest: int) -> None:
     made = describe(Builder(), Step(num_reqs=num_reqs, max_query_len=longest), exact=True)
-    assert made == Described(max_num_splits=1, max_query_len=longest)
+    assert made == Described(max_num_splits=1, max_query_len=max(65, longest))
 
 
 def test_exact_a_schedule_made_for_any_number_of_pieces_is_dropped() -> None:
     made = describe(Builder(graphs=2), Step(num_reqs=3, max_query_len=9), exact=True)
-    assert made == Described(max_num_splits=1, max_query_len=9, scheduler_metadata=None)
-
-
-def test_exact_a_single_query_of_a_small_head_is_told_as_two() -> None:
-    made = describe(Builder(headdim=64), Step(num_reqs=4, max_query_len=1), exact=True)
-    assert made.max_query_len == 2
+    assert made == Described(max_num_splits=1, max_query_len=65, scheduler_metadata=None)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("query", "kv", "dim"), [(9, 3, 64), (4, 4, 64), (16, 8, 128), (32, 8, 128)])
+@pytest.mark.parametrize(
+    ("query", "kv", "dim"), [(9, 3, 64), (4, 4, 64), (8, 2, 32), (16, 8, 128), (32, 8, 128), (4, 1, 256)]
+)
 def test_a_token_decoded_from_the_cache_has_the_bits_of_the_trainers_forward(query: int, kv: int, dim: int) -> None:
-    """As exact steps are described: one piece, and two queries for heads of up to 64."""
+    """As exact steps are described: one piece, and more queries than there are."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     from framework.engine.vllm.attention import engine_attention
@@ -108,7 +104,7 @@ def test_a_token_decoded_from_the_cache_has_the_bits_of_the_trainers_forward(que
             cache[1],
             cu_seqlens_q=torch.arange(len(lengths) + 1, dtype=torch.int32, device=device),
             seqused_k=used,
-            max_seqlen_q=2 if dim <= attention_splits.NOT_CAUSAL_ALONE else 1,
+            max_seqlen_q=MANY_QUERIES,
             max_seqlen_k=1024,
             causal=True,
             block_table=table,

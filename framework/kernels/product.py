@@ -2,7 +2,7 @@
 
 A library's product sums along the inner dimension from its beginning to its end, whatever the tile (measured on an H100
 with cuBLAS 13: bit for bit the sums made here), unless too few tiles would keep the device busy; then it cuts the inner
-dimension into pieces and adds theirs. That happens for few rows, so those are multiplied here.
+dimension into pieces and adds theirs. So small results are made here, and large ones by the library.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW_ROWS = 1024
-"""Below these the library is not asked."""
+LARGE = 2**22
+"""Elements of a result from which on the library is asked: 256 of its tiles, about two for each multiprocessor."""
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: to
         ``[T, out]`` contiguous; row t depends on row t of x alone.
     """
     tokens, (size, inner) = len(x), weight.shape
-    if tokens < FEW_ROWS:
+    if tokens * size < LARGE:
         x, y = x.contiguous(), x.new_empty(tokens, size, dtype=out_dtype)
         block_n = 32 if size <= 4096 else 64
         grid = (triton.cdiv(size, block_n), triton.cdiv(tokens, 64))

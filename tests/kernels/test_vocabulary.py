@@ -28,26 +28,28 @@ def test_the_logprob_and_rank_are_those_of_float64(rows: int, stride: int) -> No
     assert torch.equal(ranks, (logits >= chosen).sum(1))
 
 
-@pytest.mark.parametrize("rows", [300, 49152, 50003])
-def test_the_trainers_statistics_give_the_engines_bits(rows: int) -> None:
-    from framework.kernels.vocabulary import statistics, token_logprobs
+@pytest.mark.parametrize(("rows", "stride"), [(320, 320), (49152, 49152), (50003, 50048)])
+@pytest.mark.parametrize("n", [150, 512])
+def test_a_row_has_the_same_bits_in_the_trainers_batch_and_in_the_engines(n: int, rows: int, stride: int) -> None:
+    from framework.kernels.vocabulary import row_statistics, token_logprobs
 
-    logits = logits_of(512, rows, rows).contiguous()
-    tokens = torch.randint(0, rows, (512,), device=logits.device)
-    top, total, _, picked = statistics(logits, tokens, 1.0).unbind(0)
-    assert torch.equal(token_logprobs(logits, tokens)[0], picked - (top + total.log()))
-    assert torch.equal(token_logprobs(logits[7:8], tokens[7:8])[0], token_logprobs(logits, tokens)[0][7:8])
+    logits = logits_of(n, rows, stride)
+    tokens = torch.randint(0, rows, (n,), device=logits.device)
+    row = row_statistics(logits.contiguous(), tokens, 1.0)
+    want = row.picked - (row.top + row.total.log())
+    for part in (slice(0, n), slice(7, 8), slice(3, 12)):
+        assert torch.equal(token_logprobs(logits[part], tokens[part])[0], want[part])
 
 
 def test_a_temperature_is_divided_by_as_the_engine_does() -> None:
     """vLLM's sampler divides the logits in place, in a kernel of its own."""
     from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
 
-    from framework.kernels.vocabulary import statistics, token_logprobs
+    from framework.kernels.vocabulary import row_statistics, token_logprobs
 
-    logits = logits_of(64, 50003, 50003).contiguous()
-    tokens = torch.randint(0, 50003, (64,), device=logits.device)
-    top, total, _, picked = statistics(logits, tokens, 0.7).unbind(0)
-    rows = torch.arange(64, dtype=torch.int32, device=logits.device)
-    apply_temperature(logits, rows, torch.full((64,), 0.7, device=logits.device))
-    assert torch.equal(token_logprobs(logits, tokens)[0], picked - (top + total.log()))
+    logits = logits_of(150, 50003, 50003).contiguous()
+    tokens = torch.randint(0, 50003, (150,), device=logits.device)
+    row = row_statistics(logits, tokens, 0.7)
+    rows = torch.arange(150, dtype=torch.int32, device=logits.device)
+    apply_temperature(logits, rows, torch.full((150,), 0.7, device=logits.device))
+    assert torch.equal(token_logprobs(logits, tokens)[0], row.picked - (row.top + row.total.log()))

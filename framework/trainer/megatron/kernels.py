@@ -18,7 +18,7 @@ from framework.kernels import norm_rotate
 from framework.kernels.norm_rotate import split_norm_rotate
 from framework.kernels.product import product
 from framework.kernels.rms_norm import rms_norm, warps
-from framework.kernels.vocabulary import statistics
+from framework.kernels.vocabulary import row_statistics
 from framework.trainer.megatron.pointwise import Heads, Pointwise, VocabGradient, VocabStats, turn
 
 
@@ -202,8 +202,8 @@ def norm_and_rotate(
 
 def vocab_stats(logits: Tensor, targets: Tensor, temperature: float) -> VocabStats:
     """See :attr:`Pointwise.vocab_stats`."""
-    top, total, weighted, picked = statistics(logits.contiguous(), targets, temperature).unbind(0)
-    return VocabStats(top=top, total=total, weighted=weighted, picked=picked)
+    row = row_statistics(logits.contiguous(), targets, temperature)
+    return VocabStats(top=row.top, total=row.total, weighted=row.weighted, picked=row.picked)
 
 
 @triton.jit

@@ -33,6 +33,17 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_among_the_librarys(model: 
             assert torch.equal(product(x[:count], weight), whole[:count]), (inner, size, count)
 
 
+@pytest.mark.parametrize(("inner", "size"), [(256, 285), (576, 49152), (1024, 151936)])
+def test_unrounded_a_row_has_the_same_bits_in_every_batch(inner: int, size: int) -> None:
+    from framework.kernels.product import product
+
+    x, weight = draw(700, inner), 0.05 * draw(size, inner)
+    whole = product(x, weight, out_dtype=torch.float32)
+    assert torch.equal(product(x, weight), whole.bfloat16())
+    for count in (1, 8, 64, 85, 128, 300):
+        assert torch.equal(product(x[:count], weight, out_dtype=torch.float32), whole[:count]), count
+
+
 def test_the_product_is_right_and_the_bias_comes_after_it() -> None:
     from framework.kernels.product import product
 

@@ -288,8 +288,8 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     numerics: Literal["fast", "exact"] = "fast"
-    """exact: the trainer's logprob of a sampled token is the engine's, bit for bit; on one Hopper GPU per model. The
-    ``parity`` gate then allows no difference at all. Sampling is slower for it."""
+    """exact: the trainer's logprob of a sampled token is the engine's, bit for bit, and the ``parity`` gate allows no
+    difference at all; on one Hopper GPU per model. Small products are then a kernel's that is slower than cuBLAS."""
     lora: LoraSpec | None = field(default_factory=LoraSpec)
     """null, by ``lora=none`` on the command line, trains every weight of the base model instead of an adapter."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

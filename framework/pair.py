@@ -129,6 +129,7 @@ def check_exact(cfg: RunConfig, base: Base) -> None:
         ConfigError: with what would have to be otherwise.
     """
     device, tp_size, head_dim = base.device.kind, base.mesh.tp_size, base.spec.head_dim
+    dropout = 0.0 if cfg.lora is None else cfg.lora.dropout
     for refused, reason in (
         (
             not base.device.has_shared_kernels,
@@ -138,6 +139,10 @@ def check_exact(cfg: RunConfig, base: Base) -> None:
         (base.dtype is torch.float32, f"model.dtype={cfg.model.dtype}, it is made for bfloat16 and float16"),
         (cfg.trainer.backend != "megatron", f"trainer.backend={cfg.trainer.backend}, only megatron has the kernels"),
         (cfg.engine.backend != "vllm", f"engine.backend={cfg.engine.backend}, only vllm has the kernels"),
+        (
+            dropout > 0.0,
+            f"lora.dropout={dropout}, the trainer would score tokens with parts of the adapter dropped",
+        ),
         (
             not _has_one_tile(head_dim),
             f"heads of {head_dim}, which the attention kernel works on in other tiles for a token than for a prompt",

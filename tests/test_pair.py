@@ -40,6 +40,7 @@ def test_exact_is_taken_where_both_sides_have_the_same_kernels() -> None:
         ({"model": {"dtype": "float32"}}, {"dtype": torch.float32}, "model.dtype=float32"),
         ({}, {"spec": SimpleNamespace(head_dim=80)}, "heads of 80"),
         ({"trainer": {"backend": "hf"}}, {}, "trainer.backend=hf"),
+        ({"lora": {"dropout": 0.1}}, {}, "lora.dropout=0.1"),
         ({"engine": {"backend": "trainer"}}, {}, "engine.backend=trainer"),
     ],
 )

@@ -289,7 +289,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     numerics: Literal["fast", "exact"] = "fast"
     """exact: the trainer's logprob of a sampled token is the engine's, bit for bit, and the ``parity`` gate allows no
-    difference at all; on one Hopper GPU per model. Small products are then a kernel's that is slower than cuBLAS."""
+    difference at all; on one Hopper GPU per model. Small products are then made by a kernel of ours."""
     lora: LoraSpec | None = field(default_factory=LoraSpec)
     """null, by ``lora=none`` on the command line, trains every weight of the base model instead of an adapter."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

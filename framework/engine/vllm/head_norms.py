@@ -21,6 +21,8 @@ def install() -> None:
 
     if not hasattr(torch.ops.vllm, "tandem_norm_rotate"):
         direct_register_custom_op("tandem_norm_rotate", norm_rotate, fake_impl=norm_rotate_shapes)
+    original = vars(Qwen3Attention)["forward"]
+    forward.replaces = getattr(original, "replaces", original)  # type: ignore[attr-defined]
     Qwen3Attention.forward = forward
 
 

@@ -159,3 +159,30 @@ def test_linears_multiply_by_the_method_that_is_replaced() -> None:
 
     apply = vars(UnquantizedLinearMethod)["apply"]
     assert arguments(getattr(apply, "replaces", apply)) == ["self", "layer", "x", "bias"]
+
+
+@pytest.mark.gpu
+def test_the_output_layer_multiplies_by_the_method_that_is_replaced() -> None:
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    head = vars(LogitsProcessor)["_apply_head"]
+    assert arguments(getattr(head, "replaces", head)) == ["self", "lm_head", "hidden_states", "embedding_bias"]
+    assert "self._apply_head(lm_head, hidden_states, embedding_bias)" in source(LogitsProcessor._get_logits)
+    assert "self.base_layer._apply_head(" in source(LogitsProcessorWithLoRA._get_logits)
+    assert "self.head_dtype = " in source(LogitsProcessor.__init__)
+
+
+@pytest.mark.gpu
+def test_attention_with_norms_of_q_and_k_is_made_of_the_parts_that_ours_takes() -> None:
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+    from vllm.model_executor.models.qwen3 import Qwen3Attention
+
+    forward = vars(Qwen3Attention)["forward"]
+    original = getattr(forward, "replaces", forward)
+    assert arguments(original) == ["self", "positions", "hidden_states"]
+    for line in ("self.q_norm(q_by_head)", "self.rotary_emb(positions, q, k)", "self.attn(q, k, v)", "self.o_proj("):
+        assert line in source(original), line
+    made = source(Qwen3Attention.__init__)
+    assert all(f"self.{name} = " in made for name in ("num_heads", "num_kv_heads", "q_size", "kv_size", "q_norm"))
+    assert arguments(RotaryEmbeddingBase._match_cos_sin_cache_dtype) == ["self", "query"]

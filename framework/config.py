@@ -306,6 +306,11 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        if self.numerics == "exact" and dataclasses.replace(self.parity, probe=True) != ParityConfig():
+            raise ConfigError(
+                "numerics=exact allows no difference: leave the thresholds in the section parity out, or use "
+                "numerics=fast"
+            )
         if self.lora is None and self.init_adapter is not None:
             raise ConfigError(
                 f"init_adapter={self.init_adapter}: lora=none trains the base model itself and starts from no adapter"

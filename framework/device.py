@@ -53,7 +53,7 @@ class Device:
     """Completions an engine step can work on before it takes several times as long as one alone."""
     host_threads: int | None
     """Threads of torch's operators on the host once a run has begun; None is torch's choice."""
-    has_shared_kernels: bool
+    has_invariant_attention: bool
     """Whether the engine's attention kernel can be told to sum alike in every batch: FlashAttention 3, of Hopper."""
     shares_weights: bool
     """Whether the engine keeps weights in the plain layout, so that the trainer can alias them."""
@@ -103,7 +103,7 @@ def _cpu() -> Device:
         quantum_tokens=256,
         quantum_sequences=16,
         host_threads=None,
-        has_shared_kernels=False,
+        has_invariant_attention=False,
         shares_weights=False,
     )
 
@@ -138,6 +138,6 @@ def _cuda(local_rank: int) -> Device:
         quantum_tokens=2048,
         quantum_sequences=64,
         host_threads=1,  # beside a GPU the host has small tensors: where cores are short, threads wait for one another
-        has_shared_kernels=torch.cuda.get_device_capability(device)[0] == 9,
+        has_invariant_attention=torch.cuda.get_device_capability(device)[0] == 9,
         shares_weights=True,
     )

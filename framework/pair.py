@@ -132,11 +132,11 @@ def check_exact(cfg: RunConfig, base: Base) -> None:
     dropout = 0.0 if cfg.lora is None else cfg.lora.dropout
     for refused, reason in (
         (
-            not base.device.has_shared_kernels,
+            not base.device.has_invariant_attention,
             f"hardware.device={device}, it needs kernels that both sides share, of an NVIDIA Hopper GPU",
         ),
         (tp_size > 1, f"parallel.tensor_parallel_size={tp_size}, the engine sums over ranks in another order"),
-        (base.dtype is torch.float32, f"model.dtype={cfg.model.dtype}, it is made for bfloat16 and float16"),
+        (base.dtype is not torch.bfloat16, f"model.dtype={cfg.model.dtype}, it was made and measured in bfloat16"),
         (cfg.trainer.backend != "megatron", f"trainer.backend={cfg.trainer.backend}, only megatron has the kernels"),
         (cfg.engine.backend != "vllm", f"engine.backend={cfg.engine.backend}, only vllm has the kernels"),
         (

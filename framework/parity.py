@@ -54,7 +54,8 @@ def check_parity(values: dict[str, float], gate: ParityConfig, *, step: int) -> 
             raise MismatchError(
                 f"step {step}: parity/{name}={value:.4g} is beyond the limit {abort:.4g}: the engine did not "
                 f"sample from the weights being trained, or not at their temperature; if this is the model's "
-                f"numerics, raise the abort threshold in the section parity"
+                f"numerics, raise the abort threshold in the section parity; numerics=exact allows no difference, "
+                f"numerics=fast does"
             )
         if value > warn:
             warnings.warn(f"step {step}: parity/{name}={value:.4g} is above {warn:.4g}", RuntimeWarning, stacklevel=2)

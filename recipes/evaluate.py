@@ -33,7 +33,7 @@ def prepare(cfg: RunConfig) -> RunConfig:
     if cfg.evaluation.adapter is None:
         return cfg
     spec, _ = load_peft(Path(cfg.evaluation.adapter).expanduser())
-    return replace(cfg, lora=spec)
+    return replace(cfg, lora=replace(spec, dropout=0.0))  # nothing is trained
 
 
 def run(cfg: RunConfig, rt: SamplingRuntime) -> None:

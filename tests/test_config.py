@@ -29,6 +29,7 @@ def test_environments_of_an_evaluation_are_typed_one_by_one() -> None:
         ({"evaluation": {"num_samples": 0}}, "evaluation.num_samples=0: must be at least 1"),
         ({"dpo": {"beta": -1.0}}, "beta=-1.0 of the DPO loss"),
         ({"distill": {"techer": "x"}}, "did you mean 'teacher'"),
+        ({"numerics": "exact", "parity": {"warn_gen_kl_error": 0.1}}, "leave the thresholds in the section parity out"),
         ({"num_steps": "many"}, "num_steps='many': must be of type int, not str"),
         ({"num_steps": True}, "num_steps=True: must be of type int, not bool"),
         ({"data": {"too_long": "cut"}}, "must be one of"),

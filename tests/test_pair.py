@@ -15,7 +15,7 @@ from framework.errors import ConfigError
 from framework.pair import check_exact
 
 HEADS_OF_64 = SimpleNamespace(head_dim=64)
-HOPPER = replace(open_device("cpu", local_rank=0), kind="gpu", has_shared_kernels=True)
+HOPPER = replace(open_device("cpu", local_rank=0), kind="gpu", has_invariant_attention=True)
 
 
 def refusal(values: dict[str, Any] | None = None, **base: Any) -> str | None:

@@ -83,6 +83,7 @@ def main() -> None:
                 "engine": {"max_model_len": 1024, "max_num_seqs": JOB["prompts"] * JOB["group_size"]},
                 "numerics": args.numerics,
                 "lora": {"rank": JOB["rank"]},
+                "rollout": {"prompts_per_step": JOB["prompts"], "group_size": JOB["group_size"]},
                 "parity": {"probe": False},
                 "tracking": {"wandb": "off", "tensorboard": False},
             }

@@ -63,32 +63,49 @@ def products() -> list[dict[str, Any]]:
     return rows
 
 
+def decode_us(heads: tuple[int, int, int], batch: int, context: int, count: int) -> float:
+    """Of one layer's attention with its keys in ``count`` pieces, the schedule made ahead as vLLM makes it."""
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_flash_attn_version,
+        get_scheduler_metadata,
+    )
+
+    query, kv, dim = heads
+    pages = -(-context // PAGE)
+    q, keys, values = draw(batch, query, dim), *(draw(batch * pages, PAGE, kv, dim) for _ in range(2))
+    table = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
+    used = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    schedule = get_scheduler_metadata(
+        batch_size=batch, max_seqlen_q=1, max_seqlen_k=context, num_heads_q=query, num_heads_kv=kv, headdim=dim,
+        cache_seqlens=used, qkv_dtype=torch.bfloat16, cu_seqlens_q=starts, page_size=PAGE, causal=True,
+        window_size=(-1, -1), num_splits=count,
+    )  # fmt: skip
+
+    def attend() -> None:
+        flash_attn_varlen_func(
+            q, keys, values, cu_seqlens_q=starts, seqused_k=used, max_seqlen_q=1, max_seqlen_k=context, causal=True,
+            block_table=table, num_splits=count, scheduler_metadata=schedule,
+            fa_version=get_flash_attn_version(head_size=dim),
+        )  # fmt: skip
+
+    return microseconds(attend)
+
+
 def pieces() -> list[dict[str, Any]]:
     """32 is what vLLM records its graphs with."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-
-    rows = []
-    for query, kv, dim in HEADS:
-        for batch, context in BATCHES:
-            pages = -(-context // PAGE)
-            keys, values = draw(batch * pages, PAGE, kv, dim), draw(batch * pages, PAGE, kv, dim)
-            table = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
-            used = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-            starts, q = torch.arange(batch + 1, dtype=torch.int32, device="cuda"), draw(batch, query, dim)
-            times = {
-                f"{count} us": microseconds(
-                    lambda count=count, q=q, k=keys, v=values, s=starts, u=used, t=table, c=context, d=dim: (
-                        flash_attn_varlen_func(
-                            q, k, v, cu_seqlens_q=s, seqused_k=u, max_seqlen_q=1, max_seqlen_k=c, causal=True,
-                            block_table=t, num_splits=count, fa_version=get_flash_attn_version(head_size=d),
-                        )
-                    )
-                )
-                for count in (32, 1)
-            }  # fmt: skip
-            floor = round(batch * context * kv * dim * 4 / 3e6, 1)
-            rows.append({"heads": (query, kv, dim), "batch x context": (batch, context), **times, "floor us": floor})
-    return rows
+    return [
+        {
+            "heads": heads,
+            "batch x context": (batch, context),
+            "up to 32 us": decode_us(heads, batch, context, 32),
+            "1 us": decode_us(heads, batch, context, 1),
+            "floor us": round(batch * context * heads[1] * heads[2] * 4 / 3e6, 1),
+        }
+        for heads in HEADS
+        for batch, context in BATCHES
+    ]
 
 
 def main() -> None:

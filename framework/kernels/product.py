@@ -42,7 +42,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: to
 
     Args:
         x: ``[T, in]`` bfloat16 or float16.
-        weight: ``[out, in]`` contiguous, of the same dtype; both multiples of 8, or the library uses other kernels.
+        weight: ``[out, in]`` contiguous, of the same dtype.
         bias: ``[out]``.
         out_dtype: float32 for the sums as they are; None rounds them to the inputs' dtype.
 
@@ -50,7 +50,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: to
         ``[T, out]`` contiguous; row t depends on row t of x alone.
     """
     tokens, (size, inner) = len(x), weight.shape
-    if tokens * size >= LARGE and out_dtype is None:
+    aligned = size % 8 == 0 and inner % 8 == 0  # else the library has other kernels
+    if tokens * size >= LARGE and aligned and out_dtype is None:
         y = torch.nn.functional.linear(x, weight)
     else:
         x, y = x.contiguous(), x.new_empty(tokens, size, dtype=out_dtype)

@@ -53,8 +53,9 @@ def _statistics(  # type: ignore[no-untyped-def]
     above = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, rows, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < rows
-        z = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32) / temperature
+        z = tl.load(row_ptr + column, mask=column < rows, other=0.0).to(tl.float32) / temperature
+        inside = (column < rows) & (z != float("-inf"))  # that is what top_k and top_p leave of the others
+        z = tl.where(inside, z, 0.0)
         higher = tl.where(inside, tl.maximum(top, z), top)
         old = tl.where(top == higher, 1.0, tl.exp(top - higher))
         new = tl.where(inside, tl.exp(z - higher), 0.0)
@@ -75,7 +76,7 @@ def row_statistics(logits: Tensor, columns: Tensor, temperature: float) -> RowSt
     """Reads each row once.
 
     Args:
-        logits: ``[n, rows]``, columns next to each other.
+        logits: ``[n, rows]``, columns next to each other; -inf for what cannot be drawn.
         columns: ``[n]`` int64.
         temperature: > 0.
     """
@@ -83,7 +84,7 @@ def row_statistics(logits: Tensor, columns: Tensor, temperature: float) -> RowSt
     top, total, weighted, picked = torch.empty(4, n, dtype=torch.float32, device=logits.device).unbind(0)
     rank = torch.empty(n, dtype=torch.int64, device=logits.device)
     _statistics[(n,)](
-        logits, logits.stride(0), columns, top, total, weighted, picked, rank, rows, float(temperature),
+        logits, logits.stride(0), columns.contiguous(), top, total, weighted, picked, rank, rows, float(temperature),
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return RowStatistics(top=top, total=total, weighted=weighted, picked=picked, rank=rank)

@@ -53,3 +53,27 @@ def test_a_temperature_is_divided_by_as_the_engine_does() -> None:
     rows = torch.arange(150, dtype=torch.int32, device=logits.device)
     apply_temperature(logits, rows, torch.full((150,), 0.7, device=logits.device))
     assert torch.equal(token_logprobs(logits, tokens)[0], row.picked - (row.top + row.total.log()))
+
+
+@pytest.mark.parametrize("rows", [320, 49152, 50003])
+def test_what_top_k_or_top_p_took_out_has_no_part_in_it(rows: int) -> None:
+    from framework.kernels.vocabulary import row_statistics, token_logprobs
+
+    logits = logits_of(70, rows, rows).contiguous()
+    logits[logits < logits.topk(50).values[:, -1:]] = float("-inf")
+    tokens = logits.softmax(1).multinomial(1)[:, 0]
+    logprobs, ranks = token_logprobs(logits, tokens)
+    chosen = tokens[:, None]
+    want = logits.double().log_softmax(1).gather(1, chosen)[:, 0]
+    torch.testing.assert_close(logprobs.double(), want, rtol=2e-6, atol=2e-6)
+    assert torch.equal(ranks, (logits >= logits.gather(1, chosen)).sum(1))
+    assert row_statistics(logits, tokens, 1.0).weighted.isfinite().all()
+
+
+def test_a_logit_that_is_no_number_stays_loud() -> None:
+    from framework.kernels.vocabulary import token_logprobs
+
+    logits = logits_of(3, 320, 320).contiguous()
+    logits[1, 7] = float("nan")
+    logprobs, _ = token_logprobs(logits, torch.zeros(3, dtype=torch.int64, device=logits.device))
+    assert logprobs.isnan().tolist() == [False, True, False]

@@ -2,7 +2,8 @@
 
 Keys are cut so that a few long requests fill the device; a second kernel puts the pieces together, and the order of the
 sums depends on their number. vLLM records its graphs for many pieces, and then the second kernel runs in every layer
-also where nothing is cut. Here a decode step with enough requests to fill the device is recorded for one piece.
+also where nothing is cut. Here a decode step with enough requests to fill the device is recorded for one piece, unless
+contexts can be long: among many short requests a very long one would be worked on by few multiprocessors.
 
 With ``numerics=exact`` that holds for every step, so that a token's attention is the same sums however it is computed:
 read with its prompt, after a cached prefix, or alone. One more thing is needed for that: for few queries the kernel has
@@ -16,13 +17,15 @@ from dataclasses import replace
 from typing import Any
 
 FILLED = 0.8
-"""Of the device's multiprocessors: from there on FlashAttention 3 cuts nothing itself."""
+"""Of the device's multiprocessors: with so many tiles of equal length FlashAttention 3 cuts nothing itself."""
+LONG = 4096
+"""Tokens of context up to which one request among many cannot hold a step up: 2 MB of keys and values a head."""
 MANY_QUERIES = 65
 """From so many on it takes the tile that it has for prompts."""
 
 
 def install(*, exact: bool) -> None:
-    """Replaces how the engine that starts next in this process describes a step to its attention kernel."""
+    """Replaces how engines of this process, running ones too, describe a step to their attention kernel."""
     from vllm.utils.platform_utils import num_compute_units
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder as Builder
 
@@ -38,7 +41,8 @@ def in_one_piece(original: Any, *, exact: bool, multiprocessors: int) -> Callabl
     def build(builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         common = common_attn_metadata
         filled = common.num_reqs * builder.num_heads_kv >= FILLED * multiprocessors
-        if not exact and not (filled and common.max_query_len == 1):
+        short = builder.model_config.max_model_len <= LONG
+        if not exact and not (filled and short and common.max_query_len == 1):
             return original(builder, common_prefix_len, common, fast_build)
         if exact:
             common = replace(common, max_query_len=max(MANY_QUERIES, common.max_query_len))

@@ -263,6 +263,7 @@ def _start(model_path: Path, options: VllmOptions, mesh: Mesh, device: Device, d
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_model_len),
         **_lora_arguments(options, device),
+        additional_config={"tandem": f"{COMPILED}, exact: {options.exact}"},
         logprobs_mode="processed_logprobs",
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.enable_prefix_caching,
@@ -306,27 +307,35 @@ def _compiled_kernels(device: Device, dtype: torch.dtype, *, exact: bool) -> dic
     return {**shared, "compilation_config": {**shared.get("compilation_config", {}), **graphs}}
 
 
+COMPILED = "1: norms, head norms, A behind the weight"
+"""What of ours vLLM's compiled graphs may contain: its cache keeps graphs of other settings apart by it. To be raised
+with every change of what is replaced."""
+
+
 def _lora_arguments(options: VllmOptions, device: Device) -> dict[str, Any]:
     if not options.max_adapters:
+        _extend_linears(options, device, parents=(), width=0)
         return {"enable_lora": False}
     width = next((w for w in internals.MAX_LORA_RANKS if w >= options.max_lora_rank), None)
     if width is None:
         raise ConfigError(
             f"engine.max_lora_rank={options.max_lora_rank}: must be at most {internals.MAX_LORA_RANKS[-1]}"
         )
-    layout: dict[str, str] = {}
-    if device.compiles_kernels:
-        from framework.engine.vllm import fused_lora  # needs a kernel compiler
-
-        layout = fused_lora.install(options.lora_parents, slots=options.max_adapters, rank=width, exact=options.exact)
+    _extend_linears(options, device, parents=options.lora_parents, width=width)
     return {
-        "additional_config": layout,
         "enable_lora": True,
         "max_loras": options.max_adapters,
         "max_cpu_loras": options.max_adapters,
         "max_lora_rank": width,
         "lora_target_modules": list(options.lora_parents),
     }
+
+
+def _extend_linears(options: VllmOptions, device: Device, *, parents: tuple[str, ...], width: int) -> None:
+    if device.compiles_kernels:
+        from framework.engine.vllm import fused_lora  # needs a kernel compiler
+
+        fused_lora.install(parents, slots=options.max_adapters, rank=width, exact=options.exact)
 
 
 def _params(sampling: SamplingParams, *, stream: bool) -> Any:

@@ -14,7 +14,7 @@ from framework.kernels.product import product
 
 
 def install(*, exact: bool) -> None:
-    """Makes the engine that starts next in this process multiply so, or as vLLM does."""
+    """Makes engines of this process, running ones too, multiply so, or as vLLM does."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.utils.torch_utils import direct_register_custom_op

@@ -120,17 +120,14 @@ def _shape_only(
     return x.new_empty(x.shape[0], sum(part.shape[2] for part in b))
 
 
-def install(parents: tuple[str, ...], *, slots: int, rank: int, exact: bool) -> dict[str, str]:
-    """Makes the engine that starts next in this process keep A behind the base weights of these linears.
+def install(parents: tuple[str, ...], *, slots: int, rank: int, exact: bool) -> None:
+    """Makes engines that start from now on in this process keep A behind the base weights of these linears.
 
     Args:
-        parents: names of the linears with adapters, e.g. ``("qkv_proj", "down_proj")``.
+        parents: names of the linears with adapters, e.g. ``("qkv_proj", "down_proj")``; none for no adapters.
         slots: adapters the engine holds at once.
         rank: width of a slot.
         exact: with products whose rows do not depend on the batch.
-
-    Returns:
-        What vLLM must know, to keep compiled graphs of this layout apart from others in its cache.
     """
     from vllm.lora.layers import base_linear, column_parallel_linear
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -148,7 +145,6 @@ def install(parents: tuple[str, ...], *, slots: int, rank: int, exact: bool) -> 
         kind.create_lora_weights = _placing(_original(kind, "create_lora_weights"))
     base = base_linear.BaseLinearLayerWithLoRA
     base._apply_sync = _applying(_original(base, "_apply_sync"), exact)
-    return {"tandem_lora": f"A behind the weight where it is at most 1/{MAX_SHARE} of it, exact: {exact}"}
 
 
 def _original(kind: Any, name: str) -> Any:
@@ -193,7 +189,8 @@ def _why_not_exact(layer: Any, rows: int, slots: int, rank: int, parts: int) -> 
         )
     return (
         f"numerics=exact: the adapters of {layer.prefix} have {parts} x {slots} x {rank} rows, the layer {rows}; they "
-        f"may be a quarter of it: lower engine.max_adapters={slots} or lora.rank"
+        f"may be a quarter of it: lower engine.max_adapters={slots} or the rank (lora.rank, in the service "
+        f"service.max_rank)"
     )
 
 

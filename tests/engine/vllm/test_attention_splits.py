@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ class Builder:
 
     num_heads_kv, max_num_splits = 8, 32
 
-    def __init__(self, *, graphs: int = 256) -> None:
-        self.graphs = graphs
+    def __init__(self, *, graphs: int = 256, context: int = 1024) -> None:
+        self.graphs, self.model_config = graphs, SimpleNamespace(max_model_len=context)
 
     def build(self, common_prefix_len: int, common: Step, fast_build: bool = False) -> Described:
         pieces = self.max_num_splits if common.num_reqs <= self.graphs else 0
@@ -57,6 +58,11 @@ def test_a_decode_step_that_fills_the_device_is_in_one_piece(num_reqs: int, long
     assert builder.max_num_splits == 32
 
 
+def test_where_a_context_can_be_long_the_kernel_may_cut_it() -> None:
+    made = describe(Builder(context=32768), Step(num_reqs=128, max_query_len=1), exact=False)
+    assert made == Described(max_num_splits=32, max_query_len=1)
+
+
 @pytest.mark.parametrize(("num_reqs", "longest"), [(1, 1), (128, 1), (3, 900)])
 def test_exact_every_step_is(num_reqs: int, longest: int) -> None:
     made = describe(Builder(), Step(num_reqs=num_reqs, max_query_len=longest), exact=True)
@@ -72,13 +78,15 @@ def test_exact_a_schedule_made_for_any_number_of_pieces_is_dropped() -> None:
 @pytest.mark.parametrize(
     ("query", "kv", "dim"), [(9, 3, 64), (4, 4, 64), (8, 2, 32), (16, 8, 128), (32, 8, 128), (4, 1, 256)]
 )
-def test_a_token_decoded_from_the_cache_has_the_bits_of_the_trainers_forward(query: int, kv: int, dim: int) -> None:
+def test_a_token_decoded_from_the_cache_has_the_bits_of_the_trainers_forward(
+    query: int, kv: int, dim: int, lengths: tuple[int, ...]
+) -> None:
     """As exact steps are described: one piece, and more queries than there are."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     from framework.engine.vllm.attention import engine_attention
 
-    page, lengths = 16, (300, 576, 129, 1000, 64, 17)
+    page = 16
     starts = [0, *itertools.accumulate(lengths)]
     device = torch.accelerator.current_accelerator()
 

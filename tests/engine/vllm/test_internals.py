@@ -131,7 +131,7 @@ def test_steps_are_described_to_the_attention_kernel_where_pieces_are_counted() 
     assert arguments(build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
     assert "max_num_splits = self.max_num_splits" in source(build)
     made = source(builder.__init__)
-    assert all(f"self.{name} =" in made for name in ("num_heads_kv", "max_num_splits"))
+    assert all(f"self.{name} =" in made for name in ("num_heads_kv", "max_num_splits", "model_config"))
     assert "num_splits=attn_metadata.max_num_splits" in source(flash_attn.FlashAttentionImpl.forward)
 
 
@@ -151,6 +151,7 @@ def test_the_sampler_scores_tokens_by_the_function_that_is_replaced() -> None:
     ]
     for user in (sampler, prompt_logprob):
         assert "compute_topk_scores(" in source(user)
+    assert "logprob_token_ids_state=self.logprob_token_ids_state" in source(sampler), "by name, all but the first four"
 
 
 @pytest.mark.gpu

@@ -23,7 +23,6 @@ def toy_backend(*, trainer: ToyTrainer | None = None, engine: ToyEngine | None =
         max_lora_rank=64,
         max_in_flight=64,
         host_threads=None,
-        has_invariant_attention=False,
         memory={"kv_cache_gib": 0.5},
         max_tokens_per_microbatch=2048,
         model=Model(

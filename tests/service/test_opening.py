@@ -254,10 +254,11 @@ def test_loss_and_gradient_are_pefts(sdk: Any, server: Server, tmp_path: Path, l
     if not server.real:
         assert max(errors(measured, grads)) <= 1e-5
         return
-    # Thirty layers round PEFT's own float32 gradient by more than that: compare both with float64.
+    # Thirty layers round PEFT's own float32 gradient by more than that, by how much is the processor's: compare both
+    # with float64.
     _, exact = reference(server, tmp_path / "before", loss_fn, sampled, torch.float64)
     ours, pefts = errors(measured, exact), errors(grads, exact)
-    assert max(ours) <= 1e-4
+    assert max(ours) <= min(max(pefts), 1e-3)
     assert sum(ours) <= sum(pefts)
 
 

@@ -247,7 +247,8 @@ def test_loss_and_gradient_are_pefts(sdk: Any, server: Server, tmp_path: Path, l
     done = client.forward_backward(data(loss_fn, sampled), loss_fn)
     client.optim_step(types.AdamParams(learning_rate=1e3, eps=1e3, beta1=0.0, beta2=0.0)).result()
     after = download(client, server, "after", tmp_path / "after")
-    assert done.result().metrics["loss:sum"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    tolerance = 5e-5 if server.real else 1e-5  # of thirty layers in float32, without AVX-512 in particular
+    assert done.result().metrics["loss:sum"] == pytest.approx(loss, rel=tolerance, abs=tolerance)
     assert set(grads) == set(before)
     moved = {name: before[name] - after[name] for name in grads}  # g / (1 + |g| / 1000)
     measured = {name: by / (1.0 - by.abs() / 1e3) for name, by in moved.items()}

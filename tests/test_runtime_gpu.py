@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,54 +59,28 @@ def test_the_recipe_sleeps_in_every_step(seen: dict[str, Any]) -> None:
         assert 0.0 < row["time/wake_s"] < 0.5
 
 
+def agreement(folder: Path, *, family: str, head_dim: int, ffn_size: int, **how: Any) -> dict[str, Any]:
+    """The scenario of that name on a tiny model in bfloat16."""
+    shape = {"num_layers": 4, "hidden_size": 256, "head_dim": head_dim, "ffn_size": ffn_size}
+    model = tiny_checkpoint(folder, family=family, dtype=torch.bfloat16, **shape)
+    scenario, run_dir = "tests.runtime_gpu_scenario:agreement", folder / "run"
+    (rank,) = run_ranks(scenario, folder / "out", nproc=1, timeout_s=300, model=model, run_dir=run_dir, **how)
+    return dict(rank)
+
+
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_trainer_has_the_bits_of_the_engine_that_reads_the_same_tokens(graphs: bool, tmp_path: Any) -> None:
-    llama = tiny_checkpoint(
-        tmp_path,
-        family="llama",
-        num_layers=4,
-        hidden_size=256,
-        head_dim=64,
-        ffn_size=512,
-        dtype=torch.bfloat16,
-    )
-    (rank,) = run_ranks(
-        "tests.runtime_gpu_scenario:agreement",
-        tmp_path / "out",
-        nproc=1,
-        timeout_s=300,
-        model=llama,
-        run_dir=tmp_path / "run",
-        graphs=graphs,
-    )
+def test_the_trainer_has_the_bits_of_the_engine_that_reads_the_same_tokens(graphs: bool, tmp_path: Path) -> None:
+    rank = agreement(tmp_path, family="llama", head_dim=64, ffn_size=512, graphs=graphs)
     assert np.abs(rank["trainer"] - rank["read"]).max() < 1e-5
     assert np.abs(rank["base"] - rank["read"]).mean() > 0.1, "the adapter does something"
 
 
 @pytest.mark.parametrize(("family", "head_dim", "temperature"), [("llama", 64, 1.0), ("qwen3", 128, 0.7)])
 def test_exact_the_sampled_logprobs_are_the_trainers_bit_for_bit(
-    family: str, head_dim: int, temperature: float, tmp_path: Any
+    family: str, head_dim: int, temperature: float, tmp_path: Path
 ) -> None:
-    model = tiny_checkpoint(
-        tmp_path,
-        family=family,
-        num_layers=4,
-        hidden_size=256,
-        head_dim=head_dim,
-        ffn_size=1024,
-        dtype=torch.bfloat16,
-    )
-    (rank,) = run_ranks(
-        "tests.runtime_gpu_scenario:agreement",
-        tmp_path / "out",
-        nproc=1,
-        timeout_s=300,
-        model=model,
-        run_dir=tmp_path / "run",
-        graphs=True,
-        numerics="exact",
-        temperature=temperature,
-    )
+    how = {"graphs": True, "numerics": "exact", "temperature": temperature}
+    rank = agreement(tmp_path, family=family, head_dim=head_dim, ffn_size=1024, **how)
     assert len(rank["sampled"]) == 8 * 150
     sampled = rank["sampled"].astype(np.float32)
     assert {name: int((rank[name] != sampled).sum()) for name in ("trainer", "alone")} == {"trainer": 0, "alone": 0}
